@@ -1,0 +1,415 @@
+"""The one tree of settings: presets, a user's own YAML, `key=value` overrides, all checked before anything is loaded.
+
+A value is parsed by the declared type of its field (`train.lr=1e-3` is a number). What is unknown, of the wrong type or
+without effect raises a ConfigError that names the key, the value and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from raycap.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSettings:
+    """Where a run lives and what makes it repeatable."""
+
+    name: str = ""
+    """Name of the run; empty takes the preset's."""
+    dir: str = ""
+    """The run folder; empty takes results/<name> (numbered when that is taken)."""
+    seed: int = 0
+    """Seeds the trials, the sample order, the adapters' start, dropout and the bootstrap."""
+    cache_dir: str = ""
+    """Where prepared shards and vision features are kept between runs; empty takes $RAYCAP_CACHE or ~/.cache/raycap."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSettings:
+    """What is captioned."""
+
+    source: str = "shapes"
+    """`shapes` (built in), a folder in one of the layouts of docs/data.md, or a folder that `prepare` wrote."""
+    prompt: str = ""
+    """Text put before the caption; its labels are masked."""
+    max_text_tokens: int = 48
+    """Longest prompt + caption + end, in the model's tokens; longer captions are cut, and counted."""
+    captions: Literal["all", "first"] = "all"
+    """Which captions of an image are trained on: each of them as a sample of its own, or the first alone."""
+    splits: tuple[float, ...] = (0.8, 0.1, 0.1)
+    """Shares of train, val, test for images that name no split, drawn by group."""
+    shapes_images: tuple[int, ...] = (1500, 256, 256)
+    """Sizes of train, val and test of the built-in shapes set."""
+    rows_per_shard: int = 256
+    """Images a parquet shard holds."""
+    limit: int = 0
+    """Use only the first images of each split (0: all)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSettings:
+    """The base that stays frozen."""
+
+    family: str = "git"
+    path: str = "builtin:tiny-git"
+    """A hub id, a local folder in the hub's layout, or builtin:tiny-git."""
+    quantisation: Literal["nf4", "none"] = "nf4"
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the device computes in it, else fp16 with loss scaling on a GPU and fp32 on a CPU."""
+    materialise: bool = False
+    """Keep each NF4 weight dequantised beside it: bitwise the same, faster, and without NF4's saving of memory."""
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSettings:
+    r: int = 16
+    """Inner dimension of the update; trainable parameters grow linearly with it."""
+    alpha: float = 0.0
+    """Numerator of the scale alpha / r. Give this or `alpha_per_rank`."""
+    alpha_per_rank: float = 0.0
+    """The scale itself: alpha follows the rank. 0 with alpha 0 means 2."""
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("query", "key", "value", "dense")
+    """Names of the linear modules inside `scope` that get an adapter (suffixes, as in peft)."""
+    scope: Literal["language", "vision", "projector", "all"] = "language"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSettings:
+    steps: int = 1000
+    """Optimiser steps of a full trial; the learning-rate schedule's horizon too."""
+    batch: int = 16
+    """Samples an optimiser step sees (the effective batch)."""
+    accumulation: int = 1
+    """Pieces the effective batch is computed in; the loss stays that of one large batch."""
+    lr: float = 2e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    """Share of the steps; give this or `warmup_steps`."""
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    base_dropout: bool = True
+    """Whether the frozen base's own dropout is on while adapters train."""
+    select_by: Literal["cider", "val_loss"] = "cider"
+    """What prunes trials and picks checkpoints."""
+    val_images: int = 128
+    """Validation images scored at each rung."""
+    checkpoint_every_s: float = 30.0
+    max_failures: int = 3
+    """Deaths of a worker that are survived."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneSettings:
+    trials: int = 12
+    slots: int = 6
+    """Adapters that train together on one base."""
+    packs: int = 1
+    """Workers, each with one base and `slots` adapters."""
+    scheduler: Literal["asha", "none"] = "asha"
+    eta: int = 3
+    """Of the trials that reach a rung one in eta goes on."""
+    grace_steps: int = 0
+    """Step of the first rung; 0 takes steps / eta^2."""
+    space: dict[str, Any] = field(default_factory=dict)
+    """Setting -> {choice: [...]}, {uniform: [lo, hi]} or {loguniform: [lo, hi]}."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeSettings:
+    max_new_tokens: int = 32
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    batch: int = 64
+    """Images decoded together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateSettings:
+    metrics: tuple[str, ...] = ("bleu", "meteor", "rouge_l", "cider")
+    lang: str = "en"
+    resamples: int = 10000
+    """Bootstrap resamples behind an interval."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSettings:
+    max_drop: float = 0.05
+    """Largest relative loss of CIDEr, adapter to promoted model, that the gate lets pass."""
+    promote: Literal["merged", "merged-nf4"] = "merged"
+    """The variant that is served."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeSettings:
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free one."""
+    replicas: int = 1
+    max_batch: int = 16
+    batch_wait_s: float = 0.01
+    max_queue: int = 64
+    max_body_bytes: int = 32 * 2**20
+    max_image_px: int = 50_000_000
+    max_images: int = 64
+    """Images one request may carry."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    run: RunSettings = field(default_factory=RunSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    tune: TuneSettings = field(default_factory=TuneSettings)
+    decode: DecodeSettings = field(default_factory=DecodeSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+    serve: ServeSettings = field(default_factory=ServeSettings)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain values, ready for YAML or JSON; `from_dict` reads them back equal."""
+        return {s.name: _plain_section(getattr(self, s.name)) for s in dataclasses.fields(self)}
+
+    @property
+    def cache_dir(self) -> Path:
+        return Path(self.run.cache_dir or os.environ.get("RAYCAP_CACHE") or Path.home() / ".cache" / "raycap").expanduser()
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship in the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("raycap.presets").iterdir() if p.name.endswith(".yaml"))
+
+
+def load_config(preset: str, overrides: Sequence[str] = ()) -> Config:
+    """Resolve a preset's name (or the path of one's own YAML) and `key=value` overrides into a checked tree.
+
+    Raises:
+        ConfigError: no such preset; a key, value or type that does not fit; settings that contradict each other.
+    """
+    tree = _read_preset(preset)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"'{override}' is not a setting: write key=value, for example train.lr=1e-3")
+        _override(tree, key.strip(), text)
+    return from_dict(tree)
+
+
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """Build the checked tree from nested mappings; the inverse of `Config.to_dict`."""
+    hints = typing.get_type_hints(Config)
+    sections = {}
+    for name, values in tree.items():
+        if name not in hints:
+            raise ConfigError(f"unknown section '{name}'; {did_you_mean(str(name), hints)}")
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"section '{name}' is {values!r}, expected settings below it")
+        kinds = typing.get_type_hints(hints[name])
+        sections[name] = hints[name](**{k: _parse(f"{name}.{k}", v, _kind(name, k, kinds)) for k, v in values.items()})
+    config = Config(**sections)
+    check(config)
+    return config
+
+
+def setting_kind(key: str) -> Any:
+    """Declared type of the setting `section.name`; ConfigError when there is none of that name."""
+    section, _, name = key.partition(".")
+    hints = typing.get_type_hints(Config)
+    if section not in hints:
+        raise ConfigError(f"unknown setting '{key}'; {did_you_mean(key, all_keys())}")
+    return _kind(section, name, typing.get_type_hints(hints[section]))
+
+
+def parse_value(key: str, value: Any) -> Any:
+    """`value` as the declared type of the setting `key`."""
+    return _parse(key, value, setting_kind(key))
+
+
+def all_keys() -> list[str]:
+    hints = typing.get_type_hints(Config)
+    return [f"{s}.{f.name}" for s, kind in hints.items() for f in dataclasses.fields(kind)]
+
+
+def check(config: Config) -> None:
+    """Raise a ConfigError for values out of range and for settings that contradict or disable each other."""
+    c = config
+    _positive("lora.r", c.lora.r)
+    for key in ("train.steps", "train.batch", "train.accumulation", "train.val_images", "tune.trials", "tune.slots", "tune.packs"):
+        section, name = key.split(".")
+        _positive(key, getattr(getattr(c, section), name))
+    _positive("train.lr", c.train.lr)
+    _positive("train.max_grad_norm", c.train.max_grad_norm)
+    _positive("decode.max_new_tokens", c.decode.max_new_tokens)
+    _positive("decode.num_beams", c.decode.num_beams)
+    _positive("data.max_text_tokens", c.data.max_text_tokens)
+    if c.lora.alpha and c.lora.alpha_per_rank:
+        raise ConfigError(
+            f"lora.alpha={c.lora.alpha} and lora.alpha_per_rank={c.lora.alpha_per_rank} both set the scale: give one of them"
+        )
+    if not 0 <= c.lora.dropout < 1:
+        raise ConfigError(f"lora.dropout={c.lora.dropout} must be at least 0 and below 1")
+    if not c.lora.targets:
+        raise ConfigError("lora.targets is empty: no module would get an adapter")
+    if c.train.warmup_steps and c.train.warmup_ratio:
+        raise ConfigError(f"train.warmup_steps={c.train.warmup_steps} and train.warmup_ratio={c.train.warmup_ratio}: give one")
+    if not 0 <= c.train.warmup_ratio < 1:
+        raise ConfigError(f"train.warmup_ratio={c.train.warmup_ratio} must be at least 0 and below 1")
+    if c.train.schedule == "constant" and (c.train.warmup_steps >= c.train.steps):
+        raise ConfigError(f"train.warmup_steps={c.train.warmup_steps} leaves nothing of train.steps={c.train.steps}")
+    if c.train.batch % c.train.accumulation:
+        raise ConfigError(f"train.accumulation={c.train.accumulation} does not divide train.batch={c.train.batch}")
+    if len(c.data.splits) != 3 or min(c.data.splits) < 0 or abs(sum(c.data.splits) - 1) > 1e-6:
+        raise ConfigError(f"data.splits={list(c.data.splits)} must be three shares (train, val, test) that sum to 1")
+    if len(c.data.shapes_images) != 3 or min(c.data.shapes_images) < 1:
+        raise ConfigError(f"data.shapes_images={list(c.data.shapes_images)} must be three counts of at least 1 (train, val, test)")
+    if c.tune.eta < 2:
+        raise ConfigError(f"tune.eta={c.tune.eta} must be at least 2")
+    if not 0 <= c.tune.grace_steps <= c.train.steps:
+        raise ConfigError(f"tune.grace_steps={c.tune.grace_steps} must lie between 0 and train.steps={c.train.steps}")
+    if c.tune.scheduler == "none" and c.tune.grace_steps:
+        raise ConfigError("tune.grace_steps has no effect with tune.scheduler=none")
+    if not 0 <= c.export.max_drop <= 1:
+        raise ConfigError(f"export.max_drop={c.export.max_drop} is a relative drop between 0 and 1")
+    if c.decode.num_beams == 1 and c.decode.length_penalty != 1.0:
+        raise ConfigError(f"decode.length_penalty={c.decode.length_penalty} has no effect with decode.num_beams=1")
+    if c.model.materialise and c.model.quantisation == "none":
+        raise ConfigError("model.materialise has no effect with model.quantisation=none")
+
+
+def _positive(key: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{key}={value} must be above 0")
+
+
+def _kind(section: str, name: str, kinds: Mapping[str, Any]) -> Any:
+    if name not in kinds:
+        names = [f"{section}.{k}" for k in kinds]
+        raise ConfigError(f"unknown setting '{section}.{name}'; {did_you_mean(f'{section}.{name}', names)}")
+    return kinds[name]
+
+
+def _read_preset(preset: str) -> dict[str, Any]:
+    path = Path(preset).expanduser()
+    if preset in preset_names():
+        text, where = (resources.files("raycap.presets") / f"{preset}.yaml").read_text(encoding="utf-8"), f"preset {preset}"
+    elif path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"no settings file {path}")
+        text, where = path.read_text(encoding="utf-8"), str(path)
+    else:
+        raise ConfigError(f"no preset '{preset}'; {did_you_mean(preset, preset_names())} A path to your own .yaml works too.")
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where} holds {type(tree).__name__}, expected sections such as `train:`")
+    parent = tree.pop("extends", None)
+    if parent is not None:
+        tree = _merge(_read_preset(str(parent)), tree)
+    tree.setdefault("run", {})
+    if isinstance(tree["run"], dict) and (parent is not None or not tree["run"].get("name")):
+        tree["run"] = {**tree["run"], "name": path.stem if path.suffix in (".yaml", ".yml") else preset}
+    return tree
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        keep_whole = key == "space"  # a space replaces its parent's: half of each would be a space that nobody wrote
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and not keep_whole
+        merged[key] = _merge(dict(merged[key]), value) if both else value
+    return merged
+
+
+def _override(tree: dict[str, Any], key: str, text: str) -> None:
+    section, _, name = key.partition(".")
+    if section == "tune" and name.startswith("space."):
+        setting = name.removeprefix("space.")
+        value = yaml.safe_load(text)
+        space = dict(tree.setdefault("tune", {}).get("space") or {})
+        if value is None:
+            space.pop(setting, None)
+        else:
+            space[setting] = {"choice": value} if isinstance(value, list) else value
+        tree["tune"]["space"] = space
+        return
+    setting_kind(key)
+    tree.setdefault(section, {})[name] = text
+
+
+def _parse(key: str, value: Any, kind: Any) -> Any:
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise ConfigError(f"{key}={value!r}; {did_you_mean(str(value), map(str, choices))}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str):
+            value = [v.strip() for v in value.strip("[]() ").split(",") if v.strip()]
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{key}={value!r} is not a list")
+        item = typing.get_args(kind)[0]
+        return tuple(_parse(key, v, item) for v in value)
+    if origin is dict or kind is dict:
+        parsed = yaml.safe_load(value) if isinstance(value, str) else value
+        if not isinstance(parsed, Mapping):
+            raise ConfigError(f"{key}={value!r} is not a mapping")
+        return dict(parsed)
+    if origin is types.UnionType:
+        return None if value in (None, "none", "") else _parse(key, value, typing.get_args(kind)[0])
+    return _parse_scalar(key, value, kind)
+
+
+def _parse_scalar(key: str, value: Any, kind: Any) -> Any:
+    try:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(value).lower()]
+        if kind is int:
+            number = float(value) if not isinstance(value, bool) else None
+            if number is None or number != int(number):
+                raise ValueError
+            return int(str(value)) if str(value).lstrip("+-").isdigit() else int(number)
+        if kind is float:
+            if isinstance(value, bool):
+                raise ValueError
+            number = float(value)
+            if number != number or number in (float("inf"), float("-inf")):
+                raise ValueError
+            return number
+        if kind is str:
+            if value is None or isinstance(value, (dict, list)):
+                raise ValueError
+            return str(value)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        pass
+    else:
+        return value
+    wanted = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}.get(kind, str(kind))
+    raise ConfigError(f"{key}={value!r} is not {wanted}")
+
+
+def _plain_section(section: Any) -> dict[str, Any]:
+    values = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
