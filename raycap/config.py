@@ -165,6 +165,7 @@ class ServeSettings:
     max_batch: int = 16
     batch_wait_s: float = 0.01
     max_queue: int = 64
+    """Requests a replica holds at once, waiting or in work; the next one gets 503 and a Retry-After."""
     max_body_bytes: int = 32 * 2**20
     max_image_px: int = 50_000_000
     max_images: int = 64
@@ -260,6 +261,9 @@ def check(config: Config) -> None:
     _positive("decode.max_new_tokens", c.decode.max_new_tokens)
     _positive("decode.num_beams", c.decode.num_beams)
     _positive("data.max_text_tokens", c.data.max_text_tokens)
+    _positive("data.rows_per_shard", c.data.rows_per_shard)
+    if c.data.limit < 0:
+        raise ConfigError(f"data.limit={c.data.limit} must be at least 0 (0: all images)")
     if c.lora.alpha and c.lora.alpha_per_rank:
         raise ConfigError(
             f"lora.alpha={c.lora.alpha} and lora.alpha_per_rank={c.lora.alpha_per_rank} both set the scale: give one of them"
@@ -286,6 +290,14 @@ def check(config: Config) -> None:
         raise ConfigError(f"tune.grace_steps={c.tune.grace_steps} must lie between 0 and train.steps={c.train.steps}")
     if c.tune.scheduler == "none" and c.tune.grace_steps:
         raise ConfigError("tune.grace_steps has no effect with tune.scheduler=none")
+    for key in ("serve.replicas", "serve.max_batch", "serve.max_queue", "serve.max_body_bytes", "serve.max_image_px",
+                "serve.max_images", "decode.batch"):  # fmt: skip
+        section, name = key.split(".")
+        _positive(key, getattr(getattr(c, section), name))
+    if not 0 <= c.serve.port <= 65535:
+        raise ConfigError(f"serve.port={c.serve.port} must lie between 1 and 65535, or be 0 for a free one")
+    if c.serve.batch_wait_s < 0:
+        raise ConfigError(f"serve.batch_wait_s={c.serve.batch_wait_s} must be at least 0")
     if not 0 <= c.export.max_drop <= 1:
         raise ConfigError(f"export.max_drop={c.export.max_drop} is a relative drop between 0 and 1")
     if c.decode.num_beams == 1 and c.decode.length_penalty != 1.0:

@@ -1,0 +1,145 @@
+"""One way to Ray: attach to the cluster that RAY_ADDRESS names, or start a private one that ends with us."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from raycap.config import Config
+from raycap.errors import RunError
+
+NAMESPACE = "raycap"
+"""Ray namespace of the named actors, so that tools can find them by name."""
+PROBE_TIMEOUT_S = 5.0
+"""ray.init waits for minutes on an address where nothing listens; a TCP connect knows at once."""
+PACK_CPUS = 1.0
+CLIENT_CPUS = 0.05
+"""CPUs that one thin Tune trial asks for: it waits nearly all of its life."""
+DATA_CPUS = 0.25
+"""CPUs that one Ray Data task asks for."""
+
+_QUIET = {
+    # Read when Ray, Tune or Train are imported or start, so they are set before that.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # Train's default of 2 s makes every report wait as long
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the sweep keeps its own record; Tune's is never read back
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextmanager
+def connect(
+    config: Config | None = None,
+    *,
+    num_cpus: int | None = None,
+    num_gpus: int | None = None,
+    dashboard: bool = False,
+) -> Iterator[ModuleType]:
+    """Yield the connected `ray` module; shut down on the way out what was started here, and nothing else.
+
+    Inside another `connect` the running instance is used as it is. Raises RunError when the cluster that RAY_ADDRESS
+    names does not answer, or when no local one can be started.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address and address != "local":
+        probe(address)
+        options = {"address": address}
+    else:
+        _own_token()
+        options = {
+            "address": "local",
+            "num_cpus": num_cpus or _embedded_cpus(config),
+            "include_dashboard": dashboard,
+        }
+        if num_gpus is not None:
+            options["num_gpus"] = num_gpus
+    try:
+        ray.init(**options, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+        where = f"the Ray cluster at {address}" if address else "a local Ray"
+        raise RunError(f"cannot start or reach {where}: {error}") from error
+    for name in ("ray.tune", "ray.train", "ray.data", "ray.air"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def probe(address: str, timeout_s: float = PROBE_TIMEOUT_S) -> None:
+    """Raise RunError unless something accepts TCP connections at `address` (host:port or ray://host:port)."""
+    if address == "auto":
+        return  # Ray looks in its own files and fails fast
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        raise RunError(f"RAY_ADDRESS={address!r} is not host:port. Unset it to use a private local Ray.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+    except OSError as error:
+        raise RunError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error.strerror or error}). "
+            "Start it with `ray start --head`, or unset RAY_ADDRESS to use a private local Ray."
+        ) from error
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, which a container or `taskset` can make fewer than the machine has."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def pack_resources(ray: ModuleType, packs: int, clients: int) -> dict[str, float]:
+    """What one pack asks for on this cluster: a CPU, and a GPU where there are any.
+
+    Raises RunError when the cluster's nodes cannot hold all packs at once, because Train would wait for ever.
+    """
+    have = ray.cluster_resources()
+    want = {"CPU": PACK_CPUS}
+    if have.get("GPU", 0) >= 1:
+        want["GPU"] = 1.0
+    if want.get("GPU") and packs > have["GPU"]:
+        raise RunError(f"tune.packs={packs} asks for {packs} GPUs, the cluster has {have['GPU']:g}. Lower tune.packs.")
+    need = packs * PACK_CPUS + clients * CLIENT_CPUS + DATA_CPUS
+    if need > have.get("CPU", 0):
+        raise RunError(
+            f"the sweep needs {need:g} CPUs ({packs} packs of {PACK_CPUS:g}, {clients} trial clients of {CLIENT_CPUS}, "
+            f"{DATA_CPUS} for reading), the cluster has {have.get('CPU', 0):g}. Lower tune.packs or tune.slots."
+        )
+    return want
+
+
+def _embedded_cpus(config: Config | None) -> int:
+    """Logical CPUs of a private Ray: the machine's, and never fewer than the sweep's own processes book."""
+    packs, clients = (config.tune.packs, config.tune.packs * config.tune.slots) if config else (1, 1)
+    booked = packs * PACK_CPUS + clients * CLIENT_CPUS + 2 * DATA_CPUS
+    return max(2, usable_cores(), int(-(-booked // 1)))
+
+
+def _own_token() -> None:
+    """Protect a private Ray by a token that lives in this process's environment alone.
+
+    A local ray.init turns token mode on (its ports listen on every interface), and would write a token it has to make
+    itself to ~/.ray/auth_token. RAY_AUTH_MODE is left to the user and to Ray, which reads it only when it is imported.
+    """
+    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+    if not given and os.environ.get("RAY_AUTH_MODE", "token").lower() == "token":
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -1,0 +1,48 @@
+"""The array files of a store: made, reserved on disk, taken over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raycap.errors import RunError
+from raycap.files import read_json, write_json
+
+
+def make_files(folder: Path, layout: Mapping[str, Any]) -> None:
+    """Make the arrays, or take those of a fill that was killed; no row is ready afterwards."""
+    captions = sum(len(r) for r in layout["references"])
+    arrays = {
+        "pixels": ((len(layout["image_ids"]), *layout["image_shape"]), np.uint8),
+        "tokens": ((captions, layout["max_tokens"]), np.int32),
+        "lengths": ((captions,), np.int32),
+        "prompt_lens": ((captions,), np.int32),
+        "ready": ((len(layout["image_ids"]),), np.uint8),
+    }
+    try:
+        known = (folder / "layout.json").is_file() and read_json(folder / "layout.json") == layout
+        if known:
+            # In place, not anew: a process that followed the dead filler keeps its maps, and sees rows become ready.
+            np.load(folder / "ready.npy", mmap_mode="r+")[:] = 0
+            return
+        (folder / "layout.json").unlink(missing_ok=True)
+        for name, (shape, dtype) in arrays.items():
+            allocate(folder / f"{name}.npy", shape, dtype)
+        write_json(folder / "layout.json", layout)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {folder}: {error.strerror}. Free space, or choose another run.cache_dir."
+        ) from error
+
+
+def allocate(file: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
+    """A zeroed array file with its blocks reserved: on a full disk a write through a map would kill the process."""
+    array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(file, "rb+") as raw:
+            os.posix_fallocate(raw.fileno(), 0, file.stat().st_size)
+    return array

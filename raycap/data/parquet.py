@@ -1,0 +1,190 @@
+"""The layout of a shards folder, and reading it.
+
+It holds `<split>-<number>.parquet`, `rejected.jsonl`, and `manifest.json`, which is written last.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raycap.data.sources.base import SPLITS
+from raycap.errors import DataError
+from raycap.files import read_json, sha256_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+REJECTED = "rejected.jsonl"
+ROW_GROUP_ROWS = 64
+"""Rows that one task of the stream reads: few, so that the first ones arrive early."""
+
+
+def schema() -> pa.Schema:
+    """Columns of a shard, with the note by which `datasets` reads `image` as pictures."""
+    import json
+
+    import pyarrow as pa
+
+    features = {
+        "image_id": {"dtype": "string", "_type": "Value"},
+        "image": {"_type": "Image"},
+        "captions": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"},
+        **{name: {"dtype": "string", "_type": "Value"} for name in ("split", "group", "lang", "source")},
+        **{name: {"dtype": "int32", "_type": "Value"} for name in ("width", "height")},
+        "sha256": {"dtype": "string", "_type": "Value"},
+    }
+    fields = [
+        pa.field("image_id", pa.string()),
+        pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        # "element" is the name that parquet itself gives, so that what is read equals what was written.
+        pa.field("captions", pa.list_(pa.field("element", pa.string()))),
+        *(pa.field(name, pa.string()) for name in ("split", "group", "lang", "source")),
+        *(pa.field(name, pa.int32()) for name in ("width", "height")),
+        pa.field("sha256", pa.string()),
+    ]
+    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+
+
+class Shards:
+    """A finished shards folder. Rows of a split are numbered from 0 through its files in order."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder = folder
+        self.manifest = manifest
+        self.counts: dict[str, int] = manifest["counts"]
+        self.splits: tuple[str, ...] = tuple(s for s in SPLITS if self.counts.get(s))
+        self.content_sha256: str = manifest["content_sha256"]
+        self._references: dict[str, dict[str, list[str]]] = {}
+
+    def files(self, split: str) -> list[Path]:
+        """The split's shards, in row order."""
+        self._check(split)
+        return [self.folder / f["name"] for f in self.manifest["files"] if f["split"] == split]
+
+    def row_groups(self, split: str) -> list[dict[str, Any]]:
+        """Where the rows lie: {file, row_group, offset (row of the split), rows}, from the footers alone."""
+        import pyarrow.parquet as pq
+
+        groups, offset = [], 0
+        for file in self.files(split):
+            try:
+                footer = pq.read_metadata(file)
+            except Exception as error:
+                raise DataError(damaged(file, None, error)) from error
+            for number in range(footer.num_row_groups):
+                rows = footer.row_group(number).num_rows
+                groups.append({"file": str(file.resolve()), "row_group": number, "offset": offset, "rows": rows})
+                offset += rows
+        return groups
+
+    def iter_rows(self, split: str, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Rows of the split in order, as dicts of the schema's columns (or `columns`), with `row` added."""
+        for group in self.row_groups(split):
+            yield from read_row_group(group, columns)
+
+    def read_rows(self, split: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """All rows of the split at once; `image` is {"bytes", "path"}."""
+        return list(self.iter_rows(split, columns))
+
+    def references(self, split: str) -> dict[str, list[str]]:
+        """Image id -> captions, in row order."""
+        if split not in self._references:
+            rows = self.iter_rows(split, ("image_id", "captions"))
+            self._references[split] = {row["image_id"]: row["captions"] for row in rows}
+        return self._references[split]
+
+    def groups(self, split: str) -> dict[str, str]:
+        """Image id -> the group that a bootstrap draws as one."""
+        return {row["image_id"]: row["group"] for row in self.iter_rows(split, ("image_id", "group"))}
+
+    def constant_caption(self) -> str:
+        """The most frequent training caption; of several, the first in alphabetical order."""
+        return self._constant_caption
+
+    @cached_property
+    def _constant_caption(self) -> str:
+        counts = Counter(caption for captions in self.references("train").values() for caption in captions)
+        return min(counts, key=lambda caption: (-counts[caption], caption))
+
+    def verify(self) -> None:
+        """Read every byte and compare it with the manifest's hashes.
+
+        Raises:
+            DataError: a shard differs from what `prepare` wrote.
+        """
+        for entry in self.manifest["files"]:
+            if sha256_file(self.folder / entry["name"]) != entry["sha256"]:
+                raise DataError(f"{self.folder / entry['name']} is not what `prepare` wrote: its hash differs. {_REDO}")
+
+    def _check(self, split: str) -> None:
+        if split not in self.splits:
+            raise DataError(f"{self.folder} has no rows in split '{split}'; it has {', '.join(self.splits)}")
+
+
+_REDO = "Remove the folder and prepare again."
+
+
+def open_shards(folder: Path | str) -> Shards:
+    """Open a folder that `prepare` finished; sizes of all shards are checked, contents are not (see `Shards.verify`).
+
+    Raises:
+        DataError: no manifest (unfinished), another schema, or a shard that is missing or cut.
+    """
+    folder = Path(folder)
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} has no {MANIFEST}: it is not a shards folder, or `prepare` did not finish it. "
+                        "Run `raycap prepare` again.") from error  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / MANIFEST} cannot be read: {error}. {_REDO}") from error
+    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+        found = manifest.get("schema_version") if isinstance(manifest, dict) else type(manifest).__name__
+        raise DataError(f"{folder / MANIFEST} has schema version {found}, this raycap reads {SCHEMA_VERSION}. {_REDO}")
+    for entry in manifest["files"]:
+        file = folder / entry["name"]
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes, the manifest says {entry['bytes']}"
+            raise DataError(f"shard {file} {found}. {_REDO}")
+    return Shards(folder, manifest)
+
+
+def is_shards_folder(path: Path | str) -> bool:
+    """Whether `path` holds a manifest of shards (finished)."""
+    return (Path(path) / MANIFEST).is_file() and any(Path(path).glob("*-*.parquet"))
+
+
+def read_row_group(group: dict[str, Any], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of one descriptor of `Shards.row_groups`, with `row` added.
+
+    Raises:
+        DataError: the row group cannot be read, naming file and row group.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(group["file"]) as file:
+            table = file.read_row_group(group["row_group"], columns=list(columns) if columns else None)
+            rows = table.to_pylist()
+    except Exception as error:
+        # pyarrow raises ArrowInvalid, OSError, and others, for damaged bytes.
+        raise DataError(damaged(group["file"], group["row_group"], error)) from error
+    if len(rows) != group["rows"]:
+        raise DataError(damaged(group["file"], group["row_group"], f"{len(rows)} rows, expected {group['rows']}"))
+    for i, row in enumerate(rows):
+        row["row"] = group["offset"] + i
+    return rows
+
+
+def damaged(file: Path | str, row_group: int | None, error: object) -> str:
+    """The sentence for a shard that cannot be read."""
+    place = "its footer" if row_group is None else f"row group {row_group}"
+    kind = f"{type(error).__name__}: " if isinstance(error, Exception) else ""
+    return f"shard {file}, {place}, is damaged ({kind}{' '.join(str(error).split())}). {_REDO}"

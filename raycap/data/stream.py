@@ -1,0 +1,190 @@
+"""The stream: shards, read, decoded, resized and tokenised by Ray Data, once, into a worker's store.
+
+The dataset is made of descriptors of row groups, not of the rows: small tasks, so that the first rows come early, and a
+damaged place in a shard is named exactly. Rows carry their number in the split, because Ray gives them in any order.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raycap.cluster import DATA_CPUS
+from raycap.data.parquet import open_shards, read_row_group
+from raycap.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import ray.data
+
+    from raycap.data.store import Store
+
+PrepareRow = Callable[[dict[str, Any]], Mapping[str, Any]]
+"""Shard row -> {row, image_id, pixels uint8 [C, H, W], token_ids [[int]], prompt_lens [int], truncated, unknown}.
+
+`truncated` (captions cut) and `unknown` (tokens the tokeniser does not know) may be left out; a list is summed.
+"""
+
+
+def dataset(shards_folder: Path | str, split: str, prepare_row: PrepareRow) -> ray.data.Dataset:
+    """The split as a Ray dataset of prepared rows; `prepare_row` runs in Ray's tasks and must be picklable.
+
+    Columns: row, image_id, pixels (bytes), shape [C, H, W], token_ids, prompt_lens, truncated, unknown. Tasks ask for a
+    quarter of a CPU, so that they run beside a Train worker and Tune trials on two CPUs, where whole ones would wait
+    for ever; how many run at once is bounded by the CPUs all the same. Iterating raises for a damaged shard: see
+    `fill`.
+    """
+    import ray
+    import ray.data
+
+    # Ray Data sets its logger up when it is imported; its notes would break into the live table, its errors may.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    groups = open_shards(shards_folder).row_groups(split)
+    at_once = max(1, min(len(groups), math.floor(ray.cluster_resources().get("CPU", 1))))
+    # A block for each descriptor: a task reads one row group, and its rows go out when it is done.
+    descriptors = ray.data.from_items(groups, override_num_blocks=len(groups))
+    return descriptors.map_batches(
+        _ReadDecodeTokenise(prepare_row),
+        batch_size=None,
+        batch_format="numpy",
+        num_cpus=DATA_CPUS,
+        compute=ray.data.TaskPoolStrategy(size=at_once),
+    )
+
+
+def local_batches(shards_folder: Path | str, split: str, prepare_row: PrepareRow) -> Iterator[pa.Table]:
+    """What `dataset` streams, read in this process and in order, without Ray."""
+    for group in open_shards(shards_folder).row_groups(split):
+        yield prepared_table(group, prepare_row)
+
+
+def fill(store: Store, batches: Any, on_rows: Callable[[int], None] | None = None) -> Store:
+    """Drain `batches` into `store` and finish it.
+
+    `batches` is a Ray dataset or data iterator (such as `ray.train.get_dataset_shard` gives), or an iterable of batches
+    (tables, or dicts of arrays). `on_rows` is called with the number of rows that are in.
+
+    Raises:
+        DataError: a shard or a row of it cannot be read, naming file and row group, also where that happened in a task
+            of Ray on another machine; rows are missing.
+    """
+    came = 0
+    try:
+        for batch in _iterate(batches):
+            columns = _columns(batch)
+            rows = columns["row"]
+            pixels = [
+                np.frombuffer(raw, dtype=np.uint8).reshape([int(n) for n in shape])
+                for raw, shape in zip(columns["pixels"], columns["shape"])
+            ]
+            store.put(
+                rows, pixels, columns["token_ids"], columns["prompt_lens"], columns["truncated"], columns["unknown"]
+            )
+            came += len(rows)
+            if on_rows:
+                on_rows(came)
+    except Exception as error:
+        said = data_error(error)
+        if said is None:
+            raise
+        raise said from None if said is not error else error.__cause__
+    return store.finish()
+
+
+def data_error(error: BaseException) -> DataError | None:
+    """The DataError behind what Ray made of it on its way here, or None when there is none."""
+    seen: set[int] = set()
+    queue: list[BaseException] = [error]
+    while queue:
+        one = queue.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if type(one) is DataError:
+            return one
+        queue += [
+            e for e in (one.__cause__, one.__context__, getattr(one, "cause", None)) if isinstance(e, BaseException)
+        ]
+    # Ray may keep of a remote error no more than its text.
+    told = re.findall(r"raycap\.errors\.DataError: (.+)", str(error))
+    return DataError(told[-1].strip()) if told else None
+
+
+class _ReadDecodeTokenise:
+    """The map function: one descriptor in, the table of its prepared rows out."""
+
+    def __init__(self, prepare_row: PrepareRow):
+        self._prepare_row = prepare_row
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        for i in range(len(batch["file"])):
+            group = {
+                name: values[i].item() if hasattr(values[i], "item") else values[i] for name, values in batch.items()
+            }
+            yield prepared_table(group, self._prepare_row)
+
+
+def prepared_table(group: dict[str, Any], prepare_row: PrepareRow) -> pa.Table:
+    """Read one row group and prepare its rows.
+
+    Raises:
+        DataError: the row group or one of its rows cannot be used.
+    """
+    import pyarrow as pa
+
+    prepared = []
+    for row in read_row_group(group):
+        try:
+            ready = prepare_row(row)
+            pixels = np.ascontiguousarray(ready["pixels"])
+            if pixels.dtype != np.uint8 or pixels.ndim != 3:
+                raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}, expected uint8 [C, H, W]")
+            prepared.append(
+                {
+                    "row": row["row"],
+                    "image_id": row["image_id"],
+                    "pixels": pixels.tobytes(),
+                    "shape": list(pixels.shape),
+                    "token_ids": [[int(t) for t in ids] for ids in ready["token_ids"]],
+                    "prompt_lens": [int(n) for n in ready["prompt_lens"]],
+                    "truncated": _total(ready.get("truncated")),
+                    "unknown": _total(ready.get("unknown")),
+                }
+            )
+        except Exception as error:
+            place = f"shard {group['file']}, row group {group['row_group']}, row {row['row']}, image {row['image_id']}"
+            raise DataError(f"{place}: cannot be prepared ({type(error).__name__}: {error})") from error
+    columns = pa.schema(
+        [
+            ("row", pa.int64()),
+            ("image_id", pa.string()),
+            ("pixels", pa.binary()),
+            ("shape", pa.list_(pa.int32())),
+            ("token_ids", pa.list_(pa.list_(pa.int32()))),
+            ("prompt_lens", pa.list_(pa.int32())),
+            ("truncated", pa.int32()),
+            ("unknown", pa.int32()),
+        ]
+    )
+    return pa.Table.from_pylist(prepared, schema=columns)
+
+
+def _total(value: Any) -> int:
+    return 0 if value is None else int(np.sum(value))
+
+
+def _iterate(batches: Any) -> Iterable[Any]:
+    if hasattr(batches, "iter_batches"):
+        # Whole blocks as they come: a fixed batch size would hold rows back until it is full.
+        return batches.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    return batches
+
+
+def _columns(batch: Any) -> Mapping[str, Any]:
+    return batch.to_pydict() if hasattr(batch, "to_pydict") else batch

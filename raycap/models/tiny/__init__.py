@@ -1,0 +1,1 @@
+"""The tiny GIT that ships with raycap, and what builds it and models like it."""

@@ -1,0 +1,187 @@
+"""The Ray Train rim of a pack: what `TorchTrainer` runs in its worker, and how a pack reaches data, board, checkpoints."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raycap.config import Config, from_dict
+from raycap.errors import ModelError, RaycapError
+from raycap.files import read_json, sha256_file, write_json
+from raycap.train.pack import Pack
+
+ENGINE = "raycap.train.worker:build_engine"
+"""Where a job says what builds its engine: module:attribute, or file.py:attribute."""
+META = "pack.json"
+
+
+def pack_loop(job: dict[str, Any]) -> None:
+    """Train one pack until its trials have ended or it is asked to stop.
+
+    job: config, pack (its number), run_dir, board and namespace (of the actor), rungs, packs, engine, shards, streams
+    (whether the trainer was given datasets). An error that a restart would meet again goes to the board, and the loop
+    returns; any other is raised, so that Train starts the worker anew.
+    """
+    import ray
+
+    name = f"pack-{job['pack']}"
+    config, run_dir = from_dict(job["config"]), Path(job["run_dir"])
+    board = ray.get_actor(job["board"], namespace=job["namespace"])
+    with _log_file(run_dir / "logs" / f"{name}.log") as log:
+        log(f"{name} starts: pid {os.getpid()} on {socket.gethostname()}, parent {os.getppid()}")
+        feed = None
+        try:
+            build = load_attribute(job.get("engine") or ENGINE)
+            engine, checkpoints, feed = build(config, job, log)
+            pack = Pack(
+                engine,
+                BoardLink(board, name),
+                TrainKeeper(run_dir / "checkpoints" / "train" / name, checkpoints, log),
+                rungs=job["rungs"],
+                select_by=config.train.select_by,
+                adapters=run_dir / "checkpoints" / "adapters",
+                checkpoint_every_s=config.train.checkpoint_every_s,
+                log=log,
+            )
+            log(f"ends: {pack.run()}")
+        except Exception as error:
+            error = getattr(feed, "error", None) or error
+            log("".join(traceback.format_exception(error)))
+            said = _raycap_error(error)
+            if said is None:
+                raise
+            ray.get(board.fail.remote(type(said).__name__, said.message))
+
+
+class BoardLink:
+    """Calls to the board's actor. A restarted board answers `unknown`, and the pack registers anew."""
+
+    def __init__(self, board: Any, pack: str):
+        self.board, self.pack, self.nonce = board, pack, uuid.uuid4().hex
+
+    def register(self, report: dict[str, Any]) -> dict[str, Any]:
+        import ray
+
+        return ray.get(self.board.register.remote(self.pack, self.nonce, os.getpid(), report))
+
+    def exchange(self, report: dict[str, Any], wait_s: float) -> dict[str, Any]:
+        import ray
+
+        return ray.get(self.board.exchange.remote(self.pack, self.nonce, report, wait_s))
+
+    def goodbye(self) -> None:
+        import ray
+
+        ray.get(self.board.goodbye.remote(self.pack, self.nonce))
+
+
+class TrainKeeper:
+    """Checkpoints through `ray.train.report`, so that Train finds them after a worker's or a driver's death.
+
+    A checkpoint is a folder of the engine's states and pack.json, which holds the hash of every other file: one that a
+    power cut left half written is passed over for the one before.
+    """
+
+    def __init__(self, storage: Path, checkpoints: Any, log: Callable[[str], None]):
+        self.storage, self.checkpoints, self.log = storage, checkpoints, log
+        self.saves = 0
+
+    def restore(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(meta, states by trial) of the newest whole checkpoint; both empty when there is none."""
+        import ray.train
+
+        latest = ray.train.get_checkpoint()
+        folders = sorted(self.storage.glob("checkpoint_*"), reverse=True)
+        if latest is not None:
+            with latest.as_directory() as folder:
+                if (found := self._load(Path(folder))) is not None:
+                    return found
+        for folder in folders:
+            if (found := self._load(folder)) is not None:
+                return found
+        if folders:
+            raise ModelError(f"none of the {len(folders)} checkpoints under {self.storage} can be read. Remove it to start anew.")
+        return {}, {}
+
+    def _load(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        try:
+            meta = read_json(folder / META)
+            for name, digest in meta["files"].items():
+                if sha256_file(folder / name) != digest:
+                    raise ValueError(f"{name} is not what was written")
+            states = self.checkpoints.load(folder / "states") if meta["slots"] else {}
+        except (OSError, ValueError, KeyError) as error:
+            self.log(f"checkpoint {folder.name} is damaged ({error}); looking for an older one")
+            return None
+        self.saves = meta["saves"]
+        return meta, states
+
+    def save(self, meta: dict[str, Any], states: dict[str, Any]) -> None:
+        import ray.train
+
+        self.saves += 1
+        folder = Path(tempfile.mkdtemp(prefix="raycap-checkpoint-"))
+        try:
+            if states:
+                self.checkpoints.save(folder / "states", states)
+            files = {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+            write_json(folder / META, {**meta, "saves": self.saves, "files": files})
+            ray.train.report({"saves": self.saves}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_attribute(place: str) -> Any:
+    """`package.module:attribute` or `/path/file.py:attribute`."""
+    module, _, attribute = place.rpartition(":")
+    if module.endswith(".py"):
+        name = f"raycap_extern_{Path(module).stem}"
+        spec = importlib.util.spec_from_file_location(name, module)
+        loaded = importlib.util.module_from_spec(spec)
+        sys.modules[name] = loaded
+        spec.loader.exec_module(loaded)
+        return getattr(loaded, attribute)
+    return getattr(importlib.import_module(module), attribute)
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[Callable[[str], None]]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = threading.Lock()
+    with open(path, "a", encoding="utf-8", buffering=1) as file:
+
+        def log(line: str) -> None:
+            with lock:
+                now = time.time()
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d} {line}\n")
+
+        yield log
+
+
+def _raycap_error(error: BaseException) -> RaycapError | None:
+    """The error of ours behind what Ray made of it, or None."""
+    from raycap.data.stream import data_error
+
+    seen = error
+    while seen is not None:
+        if isinstance(seen, RaycapError):
+            return seen
+        seen = seen.__cause__ or getattr(seen, "cause", None)
+    return data_error(error)
+
+
+def build_engine(config: Config, job: dict[str, Any], log: Callable[[str], None]) -> tuple[Any, Any, Any]:
+    raise NotImplementedError

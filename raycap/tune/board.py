@@ -1,0 +1,330 @@
+"""The lease board: who trains where, what was scored, what was decided. Plain logic, no Ray, no torch.
+
+    Tune trial (client)          board                        pack
+    lease(t03)          ->       queue     -> admit(t03) ->   trains to a rung, pauses, scores
+    next_event          <-       rung      <- exchange   <-   reports the cohort that reached it
+    tune.report -> PackAsha ->   judge     -> verdict    ->   goes on, or exports, lets go, reports the end
+
+Every call may be repeated: what a caller says is what holds (its active trials, its waiting rungs), so a pack or a
+client that died and came back, or a board that lost its memory, ends up in the same place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raycap.train.record import TrialRecord
+from raycap.trial import TrialSpec
+
+LEASE_S = 20.0
+"""A lease whose client was silent for longer lapses: a queued trial is passed over, one in a slot trains on, and the
+driver judges it in its client's place. Tune restarts a dead client within seconds."""
+PATIENCE_S = 30.0
+"""How long a pack holds its steps for the trials that are due in its free slots."""
+
+
+@dataclass(slots=True)
+class Seat:
+    """One trial on the board."""
+
+    spec: TrialSpec
+    record: TrialRecord
+    pack: str = ""
+    client: str = ""
+    seen: float = 0.0
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class PackSeat:
+    """One pack on the board."""
+
+    nonce: str
+    pid: int
+    lives: int = 1
+    active: dict[str, int] = field(default_factory=dict)
+    cohorts: list[dict[str, Any]] = field(default_factory=list)
+    waiting: dict[str, int] = field(default_factory=dict)
+    waiting_since: float = 0.0
+    hold_since: float | None = None
+    rate: float = 0.0
+    phase: str = "starting"
+    said_bye: bool = False
+
+
+class Board:
+    """Leases of one sweep. Times are seconds of `clock`; states are those of TrialRecord."""
+
+    def __init__(
+        self,
+        trials: list[TrialSpec],
+        *,
+        rungs: list[int],
+        slots: int,
+        packs: int,
+        thinning: float = 1.0,
+        verdicts: Mapping[int, Mapping[str, dict[str, str]]] | None = None,
+        records: Mapping[str, TrialRecord] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.rungs = rungs
+        self.slots = slots
+        self.packs_wanted = packs
+        self.thinning = thinning
+        self.clock = clock
+        self.verdicts = {int(step): dict(found) for step, found in (verdicts or {}).items()}
+        self.seats = {s.trial_id: Seat(s, (records or {}).get(s.trial_id) or TrialRecord.of(s)) for s in trials}
+        for seat in self.seats.values():
+            if not seat.record.ended:
+                seat.record.state = "waiting"
+        self.packs: dict[str, PackSeat] = {}
+        self.stopping = False
+        self.error: dict[str, str] | None = None
+        self.notes: list[str] = []
+
+    # Tune's side -----------------------------------------------------------------------------------------------
+
+    def lease(self, trial_id: str, client: str) -> None:
+        """A Tune trial asks for a slot, or comes back to the one it had."""
+        seat = self.seats[trial_id]
+        if seat.client and seat.client != client and not seat.record.ended:
+            self.note(f"{trial_id}: its Tune trial was restarted")
+        seat.client, seat.seen = client, self.clock()
+
+    def next_event(self, trial_id: str, client: str, after: int) -> dict[str, Any] | None:
+        """Event number `after` of a trial, or None while there is none; also the client's sign of life."""
+        seat = self.seats[trial_id]
+        if seat.client == client:
+            seat.seen = self.clock()
+        if after < len(seat.events):
+            return seat.events[after]
+        if seat.record.ended:
+            return {"kind": "end", "state": seat.record.state, "step": seat.record.steps}
+        return {"kind": "interrupted"} if self.stopping or self.error else None
+
+    def proceed(self, trial_id: str, step: int) -> None:
+        """The report of a rung came back to its trial: go on, unless something stricter was decided."""
+        self.verdicts.setdefault(step, {}).setdefault(trial_id, {"action": "go", "state": "", "reason": ""})
+
+    def judge(self, step: int, verdicts: Mapping[str, dict[str, str]]) -> None:
+        self.verdicts.setdefault(step, {}).update(verdicts)
+
+    def release(self, trial_id: str, client: str) -> None:
+        """A client lets go: after the end of its trial, or because Tune shuts down."""
+        seat = self.seats[trial_id]
+        if seat.client == client:
+            seat.client = ""
+
+    # The pack's side -------------------------------------------------------------------------------------------
+
+    def register(self, pack: str, nonce: str, pid: int, report: Mapping[str, Any]) -> dict[str, Any]:
+        """A pack's worker (re)starts, with the trials that its checkpoint holds."""
+        known = self.packs.get(pack)
+        if known is None or known.nonce != nonce:
+            lives = known.lives + 1 if known else 1
+            if known:
+                self.note(f"{pack}: its worker died and was restarted, {_resumed(report['active'])}")
+            self.packs[pack] = PackSeat(nonce, pid, lives)
+            for seat in self.seats.values():
+                if seat.pack == pack:
+                    seat.pack = ""
+                    if not seat.record.ended:
+                        seat.record.state = "waiting"
+        for trial_id in report["active"]:
+            if trial_id in self.seats:
+                self.seats[trial_id].pack = pack
+        return self.exchange(pack, nonce, report)
+
+    def exchange(self, pack: str, nonce: str, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Take in what a pack reports, answer with its orders.
+
+        report: active {trial: step}, records {trial: TrialRecord as dict} of the active, ended {trial: record},
+        cohorts [{step, scores {trial: score}, metrics {trial: {...}}}] that wait for verdicts, rate (slot steps a
+        second), phase.
+        """
+        me = self.packs.get(pack)
+        if me is None:
+            return {"unknown": True}
+        if me.nonce != nonce:
+            return {"stale": True}
+        me.active, me.rate = dict(report["active"]), report.get("rate", 0.0)
+        me.phase = report.get("phase", "training")
+        for trial_id, values in {**report.get("records", {}), **report.get("ended", {})}.items():
+            self._take_record(trial_id, values, final=trial_id in report.get("ended", {}), pack=pack)
+        before, me.waiting, me.cohorts = me.waiting, {}, list(report.get("cohorts", []))
+        for cohort in me.cohorts:
+            self._take_cohort(me, cohort)
+        if me.waiting != before:
+            me.waiting_since = self.clock()
+        return self.orders(pack, nonce)
+
+    def orders(self, pack: str, nonce: str) -> dict[str, Any]:
+        """What a pack shall do now: admit, verdicts, drop, hold (no step until told), stop, done."""
+        me = self.packs.get(pack)
+        if me is None:
+            return {"unknown": True}
+        if me.nonce != nonce:
+            return {"stale": True}
+        self._lapse()
+        verdicts = {t: self.verdicts.get(step, {}).get(t) for t, step in me.waiting.items()}
+        undecided = any(v is None for v in verdicts.values())
+        drop = [t for t in me.active if t not in self.seats or self.seats[t].record.state == "failed"]
+        leaving = bool(drop) or any(v and v["action"] == "stop" for v in verdicts.values())
+        # New trials are counted out only after those that leave have left, so that the two never share a slot.
+        hold = undecided or (not leaving and self._refill(pack, me))
+        admit = [s.spec.to_dict() for t, s in self.seats.items() if s.pack == pack and t not in me.active]
+        done = self.finished and not me.active
+        return {
+            "admit": [] if undecided or leaving else admit,
+            "verdicts": {} if undecided else verdicts,
+            "drop": drop,
+            "hold": not drop and (hold or not (me.active or admit or done)),
+            "stop": self.stopping or self.error is not None,
+            "done": done,
+        }
+
+    def goodbye(self, pack: str, nonce: str) -> None:
+        """A pack returned on its own: all done, or asked to stop and checkpointed."""
+        if (me := self.packs.get(pack)) and me.nonce == nonce:
+            me.said_bye = True
+
+    def fail(self, kind: str, message: str) -> None:
+        """The sweep cannot go on, for a reason that a restart would meet again. The first one counts."""
+        self.error = self.error or {"kind": kind, "message": message}
+
+    def pack_lost(self, pack: str) -> bool:
+        """A pack will not come back: its trials start anew elsewhere. False when there is no pack left for them."""
+        self.packs.pop(pack, None)
+        self.packs_wanted -= 1
+        for seat in self.seats.values():
+            if seat.pack == pack:
+                seat.pack = ""
+                if not seat.record.ended:
+                    seat.record.state = "waiting"
+        self.note(f"{pack}: given up; its trials start anew in the other packs")
+        return self.packs_wanted > 0
+
+    # The driver's side -----------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    @property
+    def finished(self) -> bool:
+        return all(seat.record.ended for seat in self.seats.values())
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything a live table, trials.json or the supervisor wants to know, as plain values."""
+        records = [seat.record for seat in self.seats.values()]
+        rate = sum(pack.rate for pack in self.packs.values())
+        left = self._steps_left()
+        return {
+            "trials": [r.to_dict() for r in records],
+            "done": sum(r.ended for r in records),
+            "total": len(records),
+            "rate": rate,
+            "steps_left": left,
+            "eta": left / rate if rate else None,
+            "packs": {name: {"pid": p.pid, "lives": p.lives, "phase": p.phase, "slots": len(p.active),
+                             "rate": p.rate, "bye": p.said_bye} for name, p in self.packs.items()},
+            "unclaimed": self.unclaimed(),
+            "leases": sum(bool(seat.client) for seat in self.seats.values()),
+            "notes": list(self.notes),
+            "finished": self.finished,
+            "error": self.error,
+        }  # fmt: skip
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    # Inside ----------------------------------------------------------------------------------------------------
+
+    def _take_record(self, trial_id: str, values: Mapping[str, Any], *, final: bool, pack: str) -> None:
+        seat = self.seats.get(trial_id)
+        if seat is None:
+            return
+        if final:
+            seat.pack = ""
+        if seat.record.ended:
+            return  # a pack that repeats steps after a crash changes nothing
+        seat.record = TrialRecord.from_dict(values)
+        if final:
+            if seat.record.state == "diverged" and not _scored_rung(seat, seat.record.steps):
+                seat.events.append({"kind": "diverged", "step": seat.record.steps})
+
+    def _take_cohort(self, me: PackSeat, cohort: Mapping[str, Any]) -> None:
+        step = int(cohort["step"])
+        for trial_id, metrics in cohort["metrics"].items():
+            me.waiting[trial_id] = step
+            seat = self.seats.get(trial_id)
+            if seat is None:
+                continue
+            if not _scored_rung(seat, step):
+                event = {"kind": "rung", "step": step, "cohort": dict(cohort["scores"]), "metrics": dict(metrics)}
+                seat.events.append(event)
+
+    def _refill(self, pack: str, me: PackSeat) -> bool:
+        """Give free slots to the next trials in order; True while the pack shall wait for their leases.
+
+        The wait makes which trials train side by side a matter of the scores alone and not of Tune's timing. It ends
+        after PATIENCE_S, so that a trial that cannot start does not stop the others.
+        """
+        booked = {t for t, s in self.seats.items() if s.pack == pack} | set(me.active)
+        free = max(0, self.slots - len(booked))
+        queue = [s for s in self.seats.values() if not s.pack and not s.record.ended]
+        if not queue[:free] or self.stopping:
+            me.hold_since = None
+            return False
+        now = self.clock()
+        me.hold_since = now if me.hold_since is None else me.hold_since
+        in_order = all(s.client for s in queue[:free])
+        if not in_order and now - me.hold_since < PATIENCE_S:
+            return True
+        for seat in [s for s in queue if s.client][:free]:
+            seat.pack, seat.record.state = pack, "running"
+        if in_order:
+            me.hold_since = None
+        return False
+
+    def _lapse(self) -> None:
+        now = self.clock()
+        for trial_id, seat in self.seats.items():
+            if seat.client and not seat.record.ended and now - seat.seen > LEASE_S:
+                seat.client = ""
+                self.note(f"{trial_id}: its Tune trial was silent for {LEASE_S:.0f} s; the lease lapsed")
+
+    def unclaimed(self) -> list[dict[str, Any]]:
+        """Cohorts that wait for a verdict while none of their trials has a client that could ask Tune for it."""
+        now = self.clock()
+        return [
+            {"step": c["step"], "scores": dict(c["scores"])}
+            for pack in self.packs.values()
+            if now - pack.waiting_since > LEASE_S
+            for c in pack.cohorts
+            if not any(t in self.seats and self.seats[t].client for t in c["scores"])
+            and any(t not in self.verdicts.get(int(c["step"]), {}) for t in c["scores"])
+        ]
+
+    def _steps_left(self) -> float:
+        """Slot steps still to do, if at each rung one in `thinning` goes on."""
+        total = 0.0
+        for seat in self.seats.values():
+            if seat.record.ended:
+                continue
+            at, share = seat.record.steps, 1.0
+            for rung in self.rungs:
+                if rung > at:
+                    total += share * (rung - at)
+                    at, share = rung, share / self.thinning
+        return total
+
+
+def _scored_rung(seat: Seat, step: int) -> bool:
+    return any(event["kind"] == "rung" and event["step"] == step for event in seat.events)
+
+
+def _resumed(active: Mapping[str, int]) -> str:
+    return f"going on with {len(active)} trials from its checkpoint" if active else "starting its trials anew"

@@ -1,0 +1,133 @@
+"""The threads of a sweep's driver: one that runs Tune's loop, and one a pack that runs `TorchTrainer.fit`.
+
+Both block for the whole run, and both may: they call Ray and wait. The main thread keeps what they must not have,
+signals and the terminal. (Train registers its SIGINT handler in the main thread alone, and so does Tune.)
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raycap.errors import RunError
+
+STOPPING: set[str] = set()
+"""Boards whose sweep is being stopped. Tune pickles its stopper, so the flag cannot live in it."""
+
+
+class Worker(threading.Thread):
+    """A thread whose exception is kept."""
+
+    def __init__(self, name: str, work: Callable[[], None]):
+        super().__init__(name=name, daemon=True)
+        self.work = work
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.work()
+        except BaseException as error:  # handed to the main thread, which raises it
+            self.error = error
+
+
+def tune_worker(trials: list[str], scheduler: Any, job: dict[str, Any], *, clients: int, retries: int) -> Worker:
+    """Ray Tune over thin clients, one for each trial, in order; at most `clients` at a time."""
+
+    def work() -> None:
+        from ray import tune
+
+        from raycap.cluster import CLIENT_CPUS
+        from raycap.tune.trial import trial_client
+
+        place = {"board": job["board"], "namespace": job["namespace"]}
+        tune.Tuner(
+            tune.with_resources(trial_client, {"cpu": CLIENT_CPUS}),
+            param_space={"trial": tune.grid_search(trials), **place},
+            tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=clients, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(Path(job["run_dir"]) / "checkpoints"),
+                verbose=0,
+                stop=_stopper(job["board"]),
+                failure_config=tune.FailureConfig(max_failures=retries),
+            ),
+        ).fit()
+
+    return Worker("tune", work)
+
+
+def pack_worker(job: dict[str, Any], resources: dict[str, float], datasets: Callable[[], dict[str, Any]], retries: int) -> Worker:
+    """`TorchTrainer` for one pack; the death of its worker is Train's matter, that of its controller is ours."""
+    name = f"pack-{job['pack']}"
+    storage = Path(job["run_dir"]) / "checkpoints" / "train"
+
+    def work() -> None:
+        import ray
+        import ray.train
+        from ray.train.torch import TorchTrainer
+
+        from raycap.train.worker import pack_loop
+
+        streams = datasets()
+        for attempt in range(retries + 1):
+            mend_snapshot(storage / name)
+            trainer = TorchTrainer(
+                pack_loop,
+                train_loop_config=job,
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=1, use_gpu="GPU" in resources, resources_per_worker=resources
+                ),
+                run_config=ray.train.RunConfig(
+                    name=name,
+                    storage_path=str(storage),
+                    failure_config=ray.train.FailureConfig(max_failures=retries),
+                    checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+                ),
+                datasets=streams,
+                # Not split: the one worker drives its own stream, without a coordinator process for each dataset.
+                dataset_config=ray.train.DataConfig(datasets_to_split=[]),
+            )
+            try:
+                trainer.fit()
+                return
+            except ray.exceptions.RayActorError:
+                if attempt == retries:
+                    raise
+
+    return Worker(name, work)
+
+
+def mend_snapshot(folder: Path) -> None:
+    """Set aside Train's list of checkpoints when a crash left it torn, or when it names some that are gone.
+
+    Train writes the list in place, and refuses to start on a damaged one; the worker finds whole checkpoints itself.
+    """
+    snapshot = folder / "checkpoint_manager_snapshot.json"
+    if not snapshot.is_file():
+        return
+    try:
+        listed = json.loads(snapshot.read_text(encoding="utf-8"))["checkpoint_results"]
+        whole = all((folder / entry["checkpoint_dir_name"]).is_dir() for entry in listed)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        try:
+            snapshot.replace(snapshot.with_suffix(".damaged"))
+        except OSError as error:
+            raise RunError(f"cannot set {snapshot} aside: {error.strerror}") from error
+
+
+def _stopper(board: str) -> Any:
+    from ray.tune.stopper import Stopper
+
+    class WhenStopping(Stopper):
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            return board in STOPPING
+
+    return WhenStopping()

@@ -1,0 +1,322 @@
+"""A whole sweep: trials, board, packs and Tune started together, watched, stopped cleanly, resumed, summed up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raycap import errors
+from raycap.cluster import connect, pack_resources
+from raycap.config import Config
+from raycap.data.lock import FileLock
+from raycap.errors import Interrupted, RunError
+from raycap.files import read_json, write_json
+from raycap.train.record import TrialRecord
+from raycap.tune.actor import read_records
+from raycap.tune.launch import STOPPING, Worker, pack_worker, tune_worker
+from raycap.tune.schedule import PackAsha, PackFifo, RungLedger, rungs
+from raycap.tune.space import sample_trials
+
+WATCH_S = 0.5
+"""Time between two looks at the board, each of which reaches `on_progress`."""
+STOP_WAIT_S = 60.0
+"""How long packs may take to write their last checkpoint after Ctrl-C."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SweepResult:
+    """What a finished sweep leaves."""
+
+    trials: list[TrialRecord]
+    best: str
+    """Trial with the best score by `train.select_by`."""
+    adapters: dict[str, Path]
+    """PEFT folder of every trial that was scored, at its best rung; val_captions.json lies in it."""
+    pids: dict[str, int]
+    seconds: float
+    resumed: bool = False
+    notes: list[str] = field(default_factory=list)
+    """What a person should know: deaths survived, leases lapsed."""
+
+
+def run_sweep(
+    config: Config,
+    run_dir: Path | str,
+    shards_folder: Path | str | None,
+    resume: bool = False,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+    *,
+    engine: str = "",
+) -> SweepResult:
+    """Train all trials of `config` into `run_dir`, or the rest of them with `resume`.
+
+    `on_progress` gets a snapshot (Board.snapshot) twice a second, in the calling thread. `engine` names another builder
+    than the real one (raycap.train.worker.ENGINE); without `shards_folder` the packs get no data streams.
+
+    Raises:
+        ConfigError: a search space that cannot be sampled.
+        Interrupted: Ctrl-C or SIGTERM; what is on disk can be resumed.
+        RunError: the folder is in use or holds another sweep; Ray cannot be reached; packs died too often; no trial
+            was scored.
+        DataError, ModelError: what the packs met.
+    """
+    began = time.monotonic()
+    run_dir = Path(run_dir).absolute()
+    trials = sample_trials(config)
+    steps = rungs(config.train.steps, config.tune.grace_steps, config.tune.eta)
+    with run_lock(run_dir):
+        resumed = _check_folder(run_dir, [t.to_dict() for t in trials], resume)
+        ledger = RungLedger(
+            run_dir / "checkpoints" / "rungs.json",
+            steps=steps,
+            eta=config.tune.eta,
+            select_by=config.train.select_by,
+            halving=config.tune.scheduler == "asha",
+        )
+        if all(t.trial_id in (known := read_records(run_dir)) and known[t.trial_id].ended for t in trials):
+            return _result([known[t.trial_id] for t in trials], run_dir, config, {}, began, resumed, [])
+        with connect(config) as ray:
+            sweep = _Sweep(ray, config, run_dir, shards_folder, trials, steps, ledger, engine)
+            last = sweep.run(on_progress)
+    records = [TrialRecord.from_dict(row) for row in last["trials"]]
+    pids = {name: pack["pid"] for name, pack in last["packs"].items()}
+    return _result(records, run_dir, config, pids, began, resumed, last["notes"])
+
+
+class _Sweep:
+    """The driver's side of one sweep, from the start of its actors to their end."""
+
+    def __init__(self, ray, config, run_dir, shards_folder, trials, steps, ledger, engine):
+        from raycap.tune.actor import BoardActor
+
+        self.ray, self.config, self.run_dir, self.ledger = ray, config, run_dir, ledger
+        packs, clients = config.tune.packs, config.tune.packs * config.tune.slots
+        clients = min(clients, len(trials))
+        resources = pack_resources(ray, packs, clients)
+        context = ray.get_runtime_context()
+        self.name = _board_name(config, run_dir)
+        plan = {
+            "run_dir": str(run_dir), "trials": [t.to_dict() for t in trials], "rungs": steps,
+            "slots": config.tune.slots, "packs": packs,
+            "thinning": float(config.tune.eta) if config.tune.scheduler == "asha" else 1.0,
+        }  # fmt: skip
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
+        self.board = (
+            ray.remote(BoardActor)
+            .options(
+                name=self.name, num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here,
+                max_concurrency=1000,
+            )
+            .remote(plan)
+        )  # fmt: skip
+        job = {
+            "config": config.to_dict(), "run_dir": str(run_dir), "board": self.name, "namespace": context.namespace,
+            "rungs": steps, "packs": packs, "engine": engine, "shards": str(shards_folder) if shards_folder else "",
+        }  # fmt: skip
+        known = read_records(run_dir)
+        left = [t.trial_id for t in trials if not (t.trial_id in known and known[t.trial_id].ended)]
+        # Those that hold a slot in the pack's checkpoint first: the others wait for their slots.
+        left.sort(key=lambda t: not (t in known and known[t].steps > 0))
+        kind = PackAsha if config.tune.scheduler == "asha" else PackFifo
+        board = self.board
+        scheduler = kind(ledger, lambda step, verdicts: board.judge.remote(step, verdicts))
+        retries = config.train.max_failures
+        self.tune = tune_worker(left, scheduler, job, clients=clients, retries=retries)
+        self.packs = [
+            pack_worker({**job, "pack": i}, resources, lambda: _streams(config, shards_folder), retries)
+            for i in range(packs)
+        ]
+
+    def run(self, on_progress: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
+        """Start, watch, and end everything; the board's last snapshot."""
+        for worker in (*self.packs, self.tune):
+            worker.start()
+        last: dict[str, Any] = {}
+        written = ""
+        try:
+            with _signals() as signals:
+                while True:
+                    last = self.ray.get(self.board.snapshot.remote())
+                    written = self._write_trials(last, written)
+                    if on_progress:
+                        on_progress(last)
+                    if signals.count:
+                        self._stop(signals)
+                    self._check(last)
+                    if last["finished"] and not any(pack.is_alive() for pack in self.packs):
+                        return last
+                    signals.wait(WATCH_S)
+        finally:
+            self._end()
+
+    def _check(self, last: dict[str, Any]) -> None:
+        """Raise what stopped the sweep; judge cohorts that no client can ask Tune about."""
+        if last["error"]:
+            kind = getattr(errors, last["error"]["kind"], RunError)
+            raise kind(last["error"]["message"])
+        for cohort in last["unclaimed"]:
+            step = int(cohort["step"])
+            self.ray.get(self.board.judge.remote(step, self.ledger.judge(step, cohort["scores"])))
+        for pack in list(self.packs):
+            if pack.error is not None:
+                self.packs.remove(pack)
+                if not self.ray.get(self.board.pack_lost.remote(pack.name)):
+                    log = self.run_dir / "logs" / f"{pack.name}.log"
+                    raise RunError(
+                        f"{pack.name} died more than train.max_failures={self.config.train.max_failures} times; its log is "
+                        f"{log}, the last error:\n{_last_line(pack.error)}"
+                    ) from pack.error
+        if self.tune.error is not None and not last["finished"]:
+            raise RunError(f"Ray Tune's loop ended: {_last_line(self.tune.error)}") from self.tune.error
+
+    def _write_trials(self, last: dict[str, Any], written: str) -> str:
+        rows = json.dumps(last["trials"])
+        if rows != written:
+            write_json(self.run_dir / "checkpoints" / "trials.json", {"trials": last["trials"]})
+        return rows
+
+    def _stop(self, signals: _Signals) -> None:
+        """First signal: packs write a checkpoint and return. Second: leave at once."""
+        self.ray.get(self.board.stop.remote())
+        deadline = time.monotonic() + STOP_WAIT_S
+        while signals.count < 2 and time.monotonic() < deadline and any(pack.is_alive() for pack in self.packs):
+            signals.wait(0.1)
+        whole = not any(pack.is_alive() for pack in self.packs)
+        self._write_trials(self.ray.get(self.board.snapshot.remote()), "")
+        how = "every running trial is checkpointed" if whole else "what was not checkpointed yet will be trained again"
+        raise Interrupted(f"stopped by {signals.name}; {how}. Go on with the same command and --resume.")
+
+    def _end(self) -> None:
+        STOPPING.add(self.name)
+        try:
+            self.ray.get(self.board.stop.remote(), timeout=5)
+            for worker in (self.tune, *self.packs):
+                worker.join(timeout=10)
+            self.ray.kill(self.board)
+        except Exception:  # on the way out: the first error, or the result, is what counts
+            pass
+
+
+class _Signals:
+    """SIGINT and SIGTERM, counted while a sweep runs."""
+
+    def __init__(self):
+        self.count = 0
+        self.name = ""
+        self._woken = threading.Event()
+
+    def take(self, number: int, frame: Any) -> None:
+        self.count += 1
+        self.name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        self._woken.set()
+
+    def wait(self, seconds: float) -> None:
+        self._woken.wait(seconds)
+        self._woken.clear()
+
+
+@contextmanager
+def _signals() -> Iterator[_Signals]:
+    """Count signals instead of dying of them; outside the main thread there are none to count."""
+    found = _Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield found
+        return
+    before = {number: signal.signal(number, found.take) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield found
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def run_lock(run_dir: Path | str) -> Iterator[None]:
+    """Hold a run folder for one driver. The system lets go of it when the driver dies, however it dies.
+
+    Raises:
+        RunError: another driver has it, or the folder cannot be written.
+    """
+    lock = FileLock(Path(run_dir) / "checkpoints" / "driver.lock")
+    holder = lock.path.with_suffix(".json")
+    if not lock.try_acquire():
+        who = read_json(holder) if holder.is_file() else {}
+        raise RunError(
+            f"{run_dir} is in use by process {who.get('pid', '?')} on {who.get('host', '?')}. "
+            "Wait for it to end, or choose another run.dir."
+        )
+    try:
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _check_folder(run_dir: Path, trials: list[dict[str, Any]], resume: bool) -> bool:
+    """Write the plan of a new sweep, or compare it with the one to resume; True when there is something to resume."""
+    file = run_dir / "checkpoints" / "plan.json"
+    plan = json.loads(json.dumps({"trials": trials}))
+    if not file.is_file():
+        write_json(file, plan)
+        return False
+    if not resume:
+        raise RunError(f"{run_dir} already holds a sweep. Add --resume to go on with it, or choose another run.dir.")
+    found = {t["trial_id"]: t for t in read_json(file)["trials"]}
+    for trial in plan["trials"]:
+        if found.get(trial["trial_id"]) != trial:
+            raise RunError(
+                f"trial {trial['trial_id']} differs from the one that {run_dir} began with. "
+                "Resume with the settings of the interrupted run, or choose another run.dir."
+            )
+    return True
+
+
+def _streams(config: Config, shards_folder: Path | str | None) -> dict[str, Any]:
+    if not shards_folder:
+        return {}
+    from raycap.data.stream import dataset
+    from raycap.models import row_preparer
+
+    prepare = row_preparer(config.model.family, config.model.path, config.data.prompt, config.data.max_text_tokens)
+    return {split: dataset(shards_folder, split, prepare) for split in ("train", "val")}
+
+
+def _board_name(config: Config, run_dir: Path) -> str:
+    """raycap-board-<run>-<4 hex digits>: a person finds it, two users' runs of one name do not meet."""
+    return f"raycap-board-{config.run.name or run_dir.name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:4]}"
+
+
+def _result(records, run_dir, config, pids, began, resumed, notes) -> SweepResult:
+    scored = {r.trial_id: r.score(config.train.select_by) for r in records}
+    scored = {t: s for t, s in scored.items() if s is not None}
+    if not scored:
+        reasons = "; ".join(f"{r.trial_id}: {r.reason or r.state}" for r in records[:3])
+        raise RunError(f"none of {len(records)} trials was scored ({reasons}). Lower train.lr or widen tune.space.")
+    return SweepResult(
+        trials=records,
+        best=max(scored, key=scored.get),
+        adapters={t: run_dir / "checkpoints" / "adapters" / t for t in scored},
+        pids={"driver": os.getpid(), **pids},
+        seconds=time.monotonic() - began,
+        resumed=resumed,
+        notes=notes,
+    )
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+__all__ = ["SweepResult", "Worker", "run_lock", "run_sweep"]

@@ -1,0 +1,40 @@
+"""The thin Ray Tune trial: leases a slot on the board, and tells Tune what its slot reports. No torch in here."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from typing import Any
+
+POLL_S = 2.0
+"""How long one question for news may wait at the board; each is a sign of life too."""
+
+
+def trial_client(config: dict[str, Any]) -> None:
+    """The trainable. config: trial (its id), board and namespace (of the actor).
+
+    ASHA's stop ends the thread inside `tune.report`, and `finally` gives the lease back. A client that was killed is
+    started anew by Tune, leases the same trial, and reports its rungs again; those that were judged keep their verdict.
+    """
+    import ray
+    from ray import tune
+
+    board = ray.get_actor(config["board"], namespace=config["namespace"])
+    trial, me, seen = config["trial"], uuid.uuid4().hex, 0
+    ray.get(board.lease.remote(trial, me))
+    try:
+        while True:
+            event = ray.get(board.next_event.remote(trial, me, seen, POLL_S))
+            if event is None:
+                continue
+            if event["kind"] in ("end", "interrupted"):
+                return
+            seen += 1
+            if event["kind"] == "diverged":
+                nothing = {"cider": math.nan, "val_loss": math.nan, "cohort": {trial: None}, "diverged": True}
+                tune.report({"trial": trial, "step": event["step"], **nothing})
+                return
+            tune.report({"trial": trial, **event["metrics"], "step": event["step"], "cohort": event["cohort"]})
+            ray.get(board.proceed.remote(trial, event["step"]))
+    finally:
+        board.release.remote(trial, me)
