@@ -111,9 +111,7 @@ class _Run:
 
         self.progress.phase("sweep", f"{self.config.tune.trials} trials, {self.config.tune.slots} slots a pack")
         with self.ledger.phase("sweep"):
-            found = run_sweep(
-                self.config, self.folder, shards.folder, resume=resume, on_progress=self.progress.trials
-            )
+            found = run_sweep(self.config, self.folder, shards.folder, resume=resume, on_progress=self.progress.trials)
         self.ledger.write_trials([t.to_dict() for t in found.trials])
         self.facts.update(best_trial=found.best, pids=found.pids, notes=found.notes)
         return found
@@ -227,7 +225,9 @@ class _Run:
                     if "cider" in scores:
                         per_image.setdefault(split, {})[variant] = dict(scores["cider"].per_image)
             if "worst" in captions["test"]:
-                self.ledger.write_predictions("test", "worst-trial", captions["test"]["worst"], shards.references("test"))
+                self.ledger.write_predictions(
+                    "test", "worst-trial", captions["test"]["worst"], shards.references("test")
+                )
             self.facts["verdicts"] = self._verdicts(shards, per_image, found)
             self.facts["collapse"] = self._collapse(shards, captions["test"])
             self.facts["sentence"] = self.facts["verdicts"].get("sentence", "")

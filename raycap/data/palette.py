@@ -59,14 +59,15 @@ DEMO = Palette(
     shapes={
         "circle": _s("circle", "disc"), "square": _s("square", "box"), "triangle": _s("triangle"), "star": _s("star"),
         "cross": _s("cross", "plus sign"), "diamond": _s("diamond", "rhombus"), "ring": _s("ring", "hoop"),
-        "heart": _s("heart"), "moon": _s("moon", "crescent"),
+        "heart": _s("heart"), "moon": _s("moon", "crescent"), "arrow": _s("arrow"),
     },
     colours={
         "orange": ((240, 140, 30), Words(("orange",))), "purple": ((125, 50, 180), Words(("purple", "violet"))),
         "pink": ((245, 130, 185), Words(("pink", "rosy"))), "brown": ((120, 70, 35), Words(("brown",))),
         "turquoise": ((40, 185, 180), Words(("turquoise", "teal"))),
         "gray": ((140, 140, 145), Words(("gray", "silver"))), "navy": ((25, 35, 110), Words(("navy", "dark blue"))),
-        "lime": ((170, 230, 40), Words(("lime", "bright green"))),
+        "lime": ((170, 230, 40), Words(("lime", "bright green"))), "maroon": ((115, 20, 50), Words(("maroon", "wine red"))),
+        "olive": ((120, 125, 35), Words(("olive",))),
     },
     textures={
         "solid": Words(("", "plain")), "striped": Words(("striped", "banded")), "dotted": Words(("spotted", "dotted")),

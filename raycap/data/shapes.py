@@ -30,6 +30,8 @@ SUPERSAMPLING = 3
 SPLITS = ("train", "val", "test")
 _MARGIN = 1.0
 _CONTRAST = 95.0  # least distance in RGB of what lies on what; below it people mix them up at 64 px
+_KINDS = {"plain": (0.25, 0.2, 0.0), "demo": (0.1, 0.12, 0.38)}
+"""Shares of scenes with one object, several that look alike, three along a line; the rest relate two groups."""
 _RADII = {"small": (6.5, 8.5), "large": (12.0, 14.5), "container": (18.0, 22.0)}
 
 
@@ -103,24 +105,30 @@ def _plan(style: Style, seed: int, index: int) -> tuple[Plan, random.Random]:
     rng = random.Random(f"{style}/{seed}/{index}")
     palette = PALETTES[style]
     kind = rng.random()
-    if kind < 0.25:
+    lone, many, trio = _KINDS[style]
+    if kind < lone:
         return _finish((_group(palette, rng, 1),), "", rng, palette), rng
-    if kind < 0.45:
+    if kind < lone + many:
         return _finish((_group(palette, rng, rng.choice((2, 3, 4))),), "", rng, palette), rng
+    if kind >= 1 - trio:
+        groups: list[Group] = []
+        for _ in range(3):
+            groups.append(_group(palette, rng, 1, sizes=("small",), away_from=tuple(g.colour for g in groups)))
+        return _finish(tuple(groups), rng.choice(("row", "column")), rng, palette), rng
     relation = rng.choice(("left", "left", "above", "above", "inside"))
     if relation == "inside":
         outer = _group(palette, rng, 1, shapes=CONTAINERS, sizes=("large",), textures=("solid",))
-        inner = _group(palette, rng, 1, sizes=("small",), away_from=outer.colour)
+        inner = _group(palette, rng, 1, sizes=("small",), away_from=(outer.colour,))
         return _finish((inner, outer), relation, rng, palette), rng
     counts = rng.choice(((1, 1), (1, 1), (1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (2, 2)))
     first = _group(palette, rng, counts[0])
-    second = _group(palette, rng, counts[1], away_from=first.colour)
+    second = _group(palette, rng, counts[1], away_from=(first.colour,))
     return _finish((first, second), relation, rng, palette), rng
 
 
 def _group(palette: Palette, rng: random.Random, count: int, *, shapes: Sequence[str] = (), sizes: Sequence[str] = (),
-           textures: Sequence[str] = (), away_from: str = "") -> Group:  # fmt: skip
-    colours = [c for c in palette.colours if not away_from or _distance(palette, c, away_from) >= _CONTRAST]
+           textures: Sequence[str] = (), away_from: Sequence[str] = ()) -> Group:  # fmt: skip
+    colours = [c for c in palette.colours if all(_distance(palette, c, a) >= _CONTRAST for a in away_from)]
     if not sizes:
         sizes = tuple(palette.sizes) if count == 1 else ("small",)
     if not textures:
@@ -189,6 +197,10 @@ def _spot(
             along[0] = along[1] = (along[0] + along[1]) / 2
         if plan.groups[number].count == 1:
             across[:] = [max(low, middle - 9), min(high, middle + 9)]
+    elif plan.relation in ("row", "column"):
+        along = x_range if plan.relation == "row" else y_range
+        middle = SIDE * (number + 0.5) / 3
+        along[:] = [max(low, middle - 2), min(high, middle + 2)]
     elif plan.place:
         middle, third = SIDE / 2, SIDE * 0.28
         centre = {"middle": (middle, middle), "left": (third, middle), "right": (SIDE - third, middle),
@@ -271,6 +283,8 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
         return ((0.0, -1.0), (0.68, 0.0), (0.0, 1.0), (-0.68, 0.0))
     if shape == "star":
         return ring(10, -math.pi / 2, (1.0, 0.42))
+    if shape == "arrow":
+        return ((-0.95, -0.28), (0.05, -0.28), (0.05, -0.8), (0.98, 0.0), (0.05, 0.8), (0.05, 0.28), (-0.95, 0.28))
     if shape == "cross":
         arm, end = 0.3, 0.95
         quarter = ((-arm, -end), (arm, -end), (arm, -arm))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from raycap.data.palette import NUMBERS, PALETTES, Palette
 
 CAPTIONS_PER_SCENE = 5
-_SYNONYM = 0.15  # how often a caption takes another than the usual word
-_OMISSION = 0.08  # how often it leaves an attribute out
+_SYNONYM = 0.12  # how often a caption takes another than the usual word
+_OMISSION = 0.06  # how often it leaves an attribute out
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a scene shows. With two groups the first is `relation` (left, above, inside) of the second."""
+    """What a scene shows. Of two groups the first is `relation` (left, above, inside) of the second; three objects
+
+    stand in a `row` from left to right or in a `column` from top to bottom.
+    """
 
     groups: tuple[Group, ...]
     relation: str
@@ -48,7 +51,7 @@ def word(plan: Plan, style: str, rng: random.Random) -> tuple[str, ...]:
     if style == "plain":
         return (_plain(plan),)
     speaker = _Speaker(PALETTES[style], rng)
-    templates = _LONE if plan.place else _MANY if len(plan.groups) == 1 else _PAIR[plan.relation]
+    templates = _LONE if plan.place else _MANY if len(plan.groups) == 1 else _RELATED[plan.relation]
     captions: dict[str, None] = {}
     order = rng.sample(templates, len(templates))
     while len(captions) < CAPTIONS_PER_SCENE:
@@ -103,8 +106,8 @@ class _Speaker:
         bare = self.bare(group)
         return f"{NUMBERS[group.count]} {bare}" if group.count > 1 else f"{one or article(bare)} {bare}"
 
-    def the(self, group: Group) -> str:
-        return f"the {self.bare(group)}"
+    def names(self, plan: Plan) -> str:
+        return " and ".join(self.name(group) for group in plan.groups)
 
     def background(self, plan: Plan) -> str:
         names = self.palette.backgrounds[plan.background][1].names
@@ -170,11 +173,25 @@ def _pair(forward: tuple[str, ...], backward: tuple[str, ...], apart: tuple[str,
     ]
 
 
-_PAIR: dict[str, list[Template]] = {
+def _line(order: str, first: str, last: str) -> list[Template]:
+    """Templates of three objects along a line, said in order, or from the middle one."""
+    return [
+        lambda p, s: f"{order} {s.names(p)}",
+        lambda p, s: f"{s.name(p.groups[1])} between {s.name(p.groups[0])} and {s.name(p.groups[2])}",
+        lambda p, s: f"the picture shows {s.names(p)}",
+        lambda p, s: f"there are three objects {s.names(p)}",
+        lambda p, s: f"{s.names(p)} {_on(p, s)}",
+        lambda p, s: f"{s.name(p.groups[0])} {first} and {s.name(p.groups[2])} {last} of {s.name(p.groups[1])}",
+    ]
+
+
+_RELATED: dict[str, list[Template]] = {
     "left": _pair(("to the left of", "beside", "next to"), ("to the right of", "beside"),
                   ("on the left {0} and on the right {1}", "{0} on the left side and {1} on the right side")),
     "above": _pair(("over", "on top of", "higher than"), ("under", "below", "beneath"),
                    ("at the top {0} and at the bottom {1}", "{0} at the top and {1} at the bottom")),
     "inside": _pair(("within", "in the middle of"), ("around", "with"),
                     ("{1} that holds {0}", "{0} surrounded by {1}")),
+    "row": _line("from left to right", "on the left side", "on the right side"),
+    "column": _line("from top to bottom", "at the top", "at the bottom"),
 }  # fmt: skip

@@ -30,7 +30,7 @@ from raycap.data.parquet import (
 )
 from raycap.data.sources import SPLITS, Rejected, Source, SourceRow, detect, open_source
 from raycap.data.splits import assign_splits, resampling_groups
-from raycap.errors import DataError, RunError
+from raycap.errors import ConfigError, DataError, RunError
 from raycap.files import sha256_file, sha256_json, write_json, write_jsonl
 
 __all__ = ["Manifest", "Progress", "Shards", "is_shards_folder", "open_shards", "prepare", "prepare_if_needed"]
@@ -92,8 +92,8 @@ def prepare_if_needed(config: Config, progress: Progress | None = None) -> Path:
     The cache's folder is named by settings and content, so that a changed source is prepared again.
     """
     given = Path(config.data.source).expanduser()
-    if is_shards_folder(given):
-        open_shards(given)
+    if is_shards_folder(given) or (given / REJECTED).is_file():  # rejected.jsonl alone: `prepare` did not finish
+        _check_limit(config, open_shards(given))
         return given
     name = detect(config.data.source)
     source = open_source(config.data, config.run.seed)
@@ -340,6 +340,15 @@ def _summary(manifest: Manifest) -> str:
     counts = ", ".join(f"{split} {n}" for split, n in manifest["counts"].items())
     rows = manifest["rows"]
     return f"{rows['kept']} rows kept ({counts}), {rows['rejected']} rejected"
+
+
+def _check_limit(config: Config, shards: Shards) -> None:
+    limit = config.data.limit
+    if limit and max(shards.counts.values()) > limit:
+        raise ConfigError(
+            f"data.limit={limit} has no effect on {shards.folder}, which is prepared already ({shards.counts}): "
+            "set it when preparing, or give the source itself"
+        )
 
 
 def _check_empty(out: Path) -> None:

@@ -52,6 +52,7 @@ class Store:
         self._row_truncated = np.zeros(self.count, dtype=np.int64)
         self._row_unknown = np.zeros(self.count, dtype=np.int64)
         self._complete = False
+        self._failure: BaseException | None = None
 
     # --- making and opening -------------------------------------------------------------------------------------------
 
@@ -97,7 +98,7 @@ class Store:
         if (folder / "manifest.json").is_file():
             return cls.open(folder)._check_layout(layout)
         lock = FileLock(folder / ".lock")
-        deadline = time.monotonic() + 60
+        began = time.monotonic()
         while True:
             if lock.try_acquire():
                 if (folder / "manifest.json").is_file():  # finished while we waited for the lock
@@ -105,9 +106,11 @@ class Store:
                     return cls.open(folder)._check_layout(layout)
                 make_files(folder, layout)
                 return cls(folder, layout, lock)
-            if (folder / "layout.json").is_file():
+            waited_s = time.monotonic() - began
+            # A follower's `wait` holds the lock for a moment to see whether it is free; only one who keeps it fills.
+            if waited_s > 4 * _POLL_S and (folder / "layout.json").is_file():
                 return cls(folder, read_json(folder / "layout.json"), None)._check_layout(layout)
-            if time.monotonic() > deadline:
+            if waited_s > 60:
                 raise RunError(f"{folder}: another process holds its lock and has not begun to fill it in 60 s")
             time.sleep(_POLL_S)
 
@@ -249,8 +252,9 @@ class Store:
         self._lock.release()
         return self
 
-    def close(self) -> None:
-        """Let go of the lock; what was not finished will be filled anew."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Let go of the lock; what was not finished will be filled anew. `error` is raised from `wait`."""
+        self._failure = error
         if self._lock is not None:
             self._lock.release()
 
@@ -276,13 +280,16 @@ class Store:
         """Return once all `rows` can be read.
 
         Raises:
-            DataError: the process that filled the store is gone, or `timeout_s` have passed.
+            DataError: the filling failed (the error it failed with), the process that filled is gone, or `timeout_s`
+                have passed.
         """
         rows = np.asarray(rows, dtype=np.int64)
         deadline = time.monotonic() + timeout_s
         while not (self._complete or self._ready[rows].all()):
             if self.complete:
                 return
+            if self._failure is not None:
+                raise self._failure
             if not self.owner:
                 probe = FileLock(self.folder / ".lock")
                 if probe.try_acquire():

@@ -65,8 +65,9 @@ def local_batches(shards_folder: Path | str, split: str, prepare_row: PrepareRow
 
 
 def fill(store: Store, batches: Any, on_rows: Callable[[int], None] | None = None) -> Store:
-    """Drain `batches` into `store` and finish it.
+    """Drain `batches` into `store` and finish it; a store that is full, or filled by another process, is left as it is.
 
+    May run in a thread beside the training, which then meets an error of the filling in `Store.wait`.
     `batches` is a Ray dataset or data iterator (such as `ray.train.get_dataset_shard` gives), or an iterable of batches
     (tables, or dicts of arrays). `on_rows` is called with the number of rows that are in.
 
@@ -74,6 +75,8 @@ def fill(store: Store, batches: Any, on_rows: Callable[[int], None] | None = Non
         DataError: a shard or a row of it cannot be read, naming file and row group, also where that happened in a task
             of Ray on another machine; rows are missing.
     """
+    if not store.owner:
+        return store
     came = 0
     try:
         for batch in _iterate(batches):
@@ -89,12 +92,13 @@ def fill(store: Store, batches: Any, on_rows: Callable[[int], None] | None = Non
             came += len(rows)
             if on_rows:
                 on_rows(came)
+        return store.finish()
     except Exception as error:
-        said = data_error(error)
-        if said is None:
+        said = data_error(error) or error
+        store.close(said)
+        if said is error:
             raise
-        raise said from None if said is not error else error.__cause__
-    return store.finish()
+        raise said from None
 
 
 def data_error(error: BaseException) -> DataError | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -93,11 +92,13 @@ class Ledger:
         """
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
-            raise RunError(f"{folder} holds no run to resume: there is no {CONFIG}. Start one with `raycap sweep PRESET`.")
+            raise RunError(
+                f"{folder} holds no run to resume: there is no {CONFIG}. Start one with `raycap sweep PRESET`."
+            )
         lock = _hold(folder)
         entry = folder / RUN_JSON
         if entry.is_file():
-            if read_json(entry).get("status") == "finished":
+            if _status(folder) == "finished":
                 lock.release()
                 raise RunError(f"{folder} is finished: its entry is never overwritten. Look at {folder / REPORT}.")
             number = 1
@@ -121,7 +122,7 @@ class Ledger:
         return dict(self._clock)
 
     def write_trials(self, trials: Iterable[Mapping[str, Any]]) -> Path:
-        """trials.csv, and the learning curves beside the plots. `trials`: TrialRecord.to_dict() of each, in any order."""
+        """trials.csv, and the learning curves beside the plots, from TrialRecord.to_dict() of each."""
         rows = sorted((dict(t) for t in trials), key=lambda t: t["trial_id"])
         write_json(self.folder / CURVES, rows)
         return write_atomic(self.folder / TRIALS, csv_text(TRIAL_COLUMNS, map(_trial_row, rows)))
@@ -198,7 +199,9 @@ def write_new(path: Path, value: Any) -> Path:
     try:
         os.link(complete, path)
     except FileExistsError as error:
-        raise RunError(f"{path} is there already and is never overwritten. Choose another folder with run.dir=...") from error
+        raise RunError(
+            f"{path} is there already and is never overwritten. Choose another folder with run.dir=..."
+        ) from error
     except OSError:  # a file system without hard links
         if path.exists():
             raise RunError(f"{path} is there already and is never overwritten. Choose another run.dir.") from None
@@ -257,20 +260,28 @@ def _refuse_taken(folder: Path) -> None:
     if not _taken(folder):
         return
     elsewhere = "choose another folder with run.dir=..."
-    if (folder / RUN_JSON).is_file():
-        try:
-            status = read_json(folder / RUN_JSON).get("status", "finished")
-        except (OSError, json.JSONDecodeError):
-            status = "finished"
-        if status == "finished":
-            raise RunError(f"run.dir={folder} holds a finished run, which is never overwritten: {elsewhere}, or leave "
-                           "run.dir out for a numbered one.")  # fmt: skip
-        raise RunError(f"run.dir={folder} holds a run that ended as '{status}': go on with it by `raycap sweep --resume "
-                       f"{folder}`, or {elsewhere}.")  # fmt: skip
+    go_on = f"go on with it by `raycap sweep --resume {folder}`, or {elsewhere}"
+    status = _status(folder)
+    if status == "finished":
+        raise RunError(
+            f"run.dir={folder} holds a finished run, which is never overwritten: {elsewhere}, "
+            "or leave run.dir out for a numbered folder."
+        )
+    if status:
+        raise RunError(f"run.dir={folder} holds a run that ended as '{status}': {go_on}.")
     if (folder / CONFIG).is_file():
-        raise RunError(f"run.dir={folder} holds an unfinished run: go on with it by `raycap sweep --resume {folder}`, "
-                       f"or {elsewhere}.")  # fmt: skip
+        raise RunError(f"run.dir={folder} holds an unfinished run: {go_on}.")
     raise RunError(f"run.dir={folder} is not empty and holds no run: {elsewhere}.")
+
+
+def _status(folder: Path) -> str:
+    """Of the run's entry: an entry that cannot be read is kept from harm like a finished one; empty without one."""
+    if not (folder / RUN_JSON).is_file():
+        return ""
+    try:
+        return read_json(folder / RUN_JSON)["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "finished"
 
 
 def _make(folder: Path) -> bool:
@@ -283,12 +294,16 @@ def _make(folder: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise RunError(f"cannot make the run folder {folder}: {error.strerror}. Choose another with run.dir=...") from error
+        raise RunError(
+            f"cannot make the run folder {folder}: {error.strerror}. Choose another with run.dir=..."
+        ) from error
     return True
 
 
 def _hold(folder: Path) -> FileLock:
     lock = FileLock(folder / LOCK)
     if not lock.try_acquire():
-        raise RunError(f"another process works on {folder}: wait for it, stop it, or choose another folder with run.dir=...")
+        raise RunError(
+            f"another process works on {folder}: wait for it, stop it, or choose another folder with run.dir=..."
+        )
     return lock

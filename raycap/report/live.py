@@ -22,7 +22,8 @@ REFRESH_PER_S = 2
 class Progress:
     """Phases, counts and trials of one run. A context; `done` may be called more than once.
 
-    `steps` is a trial's full budget, for the bars. `count` has the shape that raycap.data wants of a progress callback: (done, total or None, message).
+    `steps` is a trial's full budget, for the bars. `count` has the shape that raycap.data wants of a progress callback:
+    (done, total or None, message).
     """
 
     def __init__(
@@ -84,7 +85,12 @@ class Progress:
             self._notes = len(snapshot.get("notes", []))
             for trial in snapshot.get("trials", []):
                 state = trial["state"]
-                if state != self._said.get(trial["trial_id"]) and state in ("finished", "stopped", "diverged", "failed"):
+                if state != self._said.get(trial["trial_id"]) and state in (
+                    "finished",
+                    "stopped",
+                    "diverged",
+                    "failed",
+                ):
                     if self.plain:
                         self._write(end_line(trial))
                     self._said[trial["trial_id"]] = state

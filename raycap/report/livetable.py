@@ -1,4 +1,4 @@
-"""The pieces of the progress display: the table of trials, the line of phases, totals, as rich renderables or plain text."""
+"""The pieces of the progress display: trials, phases, totals, as rich renderables or plain text."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ STATES = {
     "diverged": ("✗", "red", "diverged"),
     "failed": ("✗", "bold red", "failed"),
 }
-_ASCII = str.maketrans({"·": ".", "●": "*", "✓": "v", "■": "-", "✗": "x", "○": "o", "━": "=", "╸": "=", "─": "-", "±": "~",
-                        "★": "*", "–": "-"})  # fmt: skip
+_ASCII = str.maketrans("·●✓■✗○━─±★–", ".*v-xo=-~*-")
 _BAR = 10
 _AROUND_TABLE = 9
 """Lines of the display that are no rows of trials."""

@@ -61,7 +61,9 @@ class Run:
         path = self.folder / "predictions" / f"{split}.{variant}.jsonl"
         if not path.is_file():
             there = ", ".join(self.variants(split)) or "none"
-            raise RunError(f"{self.folder} has no predictions of variant '{variant}' on split '{split}'; there: {there}")
+            raise RunError(
+                f"{self.folder} has no predictions of variant '{variant}' on split '{split}'; there: {there}"
+            )
         return read_jsonl(path)
 
 
@@ -105,4 +107,3 @@ def _typed(key: str, text: str) -> Any:
     if kind is None:
         return text
     return kind(text) if text else None
-

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 APP = "raycap"
 REPLICA_CPUS = 0.25
 """What a replica reserves: little, to find a place beside the rest of a run. Its threads are set apart from it."""
+_LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 SHUTDOWN_S = 30.0
 """A replica that goes has this long to answer what it holds: more than a batch takes."""
 
@@ -102,14 +103,14 @@ def deploy(config: Config, model_dir: Path | str, port: int | None = None) -> Se
     name = f"{config.run.name or APP}-{_variant(folder)}"
     host = config.serve.host
     port = find_port(host, config.serve.port if port is None else port)
-    if _running():
+    if _controller():
         raise RunError("Ray Serve runs already in this Ray instance: shut it down first, or use another Ray instance")
     _quiet()
     try:
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": host, "port": port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
+            logging_config=_LOGGING,
         )
         serve.run(_bind(config, folder, name), name=APP, route_prefix="/")
         served = Served(f"http://{_reachable(host)}:{port}", name)
@@ -124,9 +125,16 @@ def deploy(config: Config, model_dir: Path | str, port: int | None = None) -> Se
 
 
 def shutdown() -> None:
-    """Stop the server: requests in work are answered, then replicas and proxy end."""
-    if ray.is_initialized():
-        serve.shutdown()
+    """Stop the server: requests in work are answered, then replicas and proxy end. Nothing happens where none runs."""
+    if not ray.is_initialized() or not (controller := _controller()):
+        return
+    try:
+        # The call ends with the controller's own death. serve.shutdown() alone makes it with endless retries, and then
+        # Ray prints that a task has failed.
+        ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=SHUTDOWN_S)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        pass
+    serve.shutdown()
 
 
 @contextmanager
@@ -141,6 +149,8 @@ def serving(config: Config, model_dir: Path | str, port: int | None = None) -> I
 
 def find_port(host: str, port: int) -> int:
     """`port` if it can be listened on, a free one for 0; RunError when it is taken or not allowed."""
+    if not 0 <= port <= 65535:  # getaddrinfo would take it modulo 65536
+        raise RunError(f"serve.port={port} is no port: choose 1 to 65535, or 0 for a free one")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -148,8 +158,6 @@ def find_port(host: str, port: int) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             return probe.getsockname()[1]
-    except OverflowError as error:
-        raise RunError(f"serve.port={port} is no port: choose 1 to 65535, or 0 for a free one") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise RunError(
@@ -171,6 +179,7 @@ def _bind(config: Config, folder: Path, name: str):
         # Above our own limit, so that the replica refuses first: its 503 says when to come back, the proxy's does not.
         max_ongoing_requests=held,
         max_queued_requests=held,
+        logging_config=_LOGGING,
         graceful_shutdown_timeout_s=SHUTDOWN_S,
     )(serve.ingress()(CaptionServer))
     return deployment.bind(config.to_dict(), str(folder), name, threads)
@@ -185,12 +194,12 @@ def _variant(folder: Path) -> str:
     return folder.name
 
 
-def _running() -> bool:
+def _controller() -> Any:
+    """Serve's controller in this Ray instance, or None where Serve does not run."""
     try:
-        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _reachable(host: str) -> str:
@@ -203,7 +212,7 @@ def _reachable(host: str) -> str:
 def _reason(error: Exception) -> str:
     """The replica's own error, which Serve keeps as a traceback in its status; `error`'s text when there is none."""
     messages = [str(error)]
-    if _running():
+    if _controller():
         for application in serve.status().applications.values():
             messages = [deployment.message for deployment in application.deployments.values()] + messages
     lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]

@@ -21,6 +21,10 @@ Named = tuple[str, bytes]
 """(file name, encoded image)"""
 
 
+class _TooLarge(RunError):
+    """The server takes fewer images, or fewer bytes, a request."""
+
+
 def caption_images(
     url: str,
     images: Iterable[Named],
@@ -30,7 +34,7 @@ def caption_images(
     retries: int = 8,
     in_flight: int = 2,
 ) -> list[str]:
-    """Captions of `images`, in order, through `url`/v1/captions in requests of `batch` images.
+    """Captions of `images`, in order, through `url`/v1/captions in requests of `batch` images (fewer where too large).
 
     `in_flight` requests run at once, so that the server decodes one while its model runs another.
 
@@ -69,7 +73,14 @@ def wait_healthy(url: str, timeout_s: float = 60.0) -> dict[str, Any]:
 
 def _caption_batch(url: str, images: Sequence[Named], timeout_s: float, retries: int) -> list[str]:
     files = [("images", (name, data, "application/octet-stream")) for name, data in images]
-    reply = _post(f"{url}/v1/captions", files, timeout_s, retries)
+    try:
+        reply = _post(f"{url}/v1/captions", files, timeout_s, retries)
+    except _TooLarge:
+        # Pictures differ in size, so a batch that is right for most is too large for some.
+        if len(images) == 1:
+            raise
+        half = len(images) // 2
+        return [c for part in (images[:half], images[half:]) for c in _caption_batch(url, part, timeout_s, retries)]
     rows = reply.get("captions", [])
     names = [row.get("filename") for row in rows]
     if len(rows) != len(images):
@@ -96,7 +107,8 @@ def _post(url: str, files: list[Any], timeout_s: float, retries: int) -> dict[st
                 raise RunError(f"{url} answered 200 with something that is not JSON: {answer.text[:200]!r}") from error
         if answer.status_code not in RETRIED or last:
             tries = f" after {attempt + 1} attempts" if attempt else ""
-            raise RunError(f"{url} answered {answer.status_code}{tries}: {_reason(answer)}")
+            kind = _TooLarge if answer.status_code == 413 else RunError
+            raise kind(f"{url} answered {answer.status_code}{tries}: {_reason(answer)}")
         time.sleep(_wait_s(answer.headers.get("Retry-After"), attempt))
     raise AssertionError("unreachable")
 

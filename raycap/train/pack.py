@@ -166,7 +166,9 @@ class Pack:
             record.state = "running"
             self.slots[spec.trial_id] = Slot(spec, record)
             self.unsaved = True
-            self.log(f"admitted {spec.trial_id}: r={spec.r} alpha={spec.alpha:g} lr={spec.lr:g} dropout={spec.dropout:g}")
+            self.log(
+                f"admitted {spec.trial_id}: r={spec.r} alpha={spec.alpha:g} lr={spec.lr:g} dropout={spec.dropout:g}"
+            )
 
     def _leave(self, orders: Mapping[str, Any]) -> bool:
         """Let go of the trials that shall leave; True when there were any."""
@@ -199,7 +201,10 @@ class Pack:
         self.ended[trial_id] = slot.record.to_dict()
         del self.slots[trial_id]
         self.unsaved = True
-        self.log(f"{trial_id} {state} at step {slot.record.steps}" + (f": {slot.record.reason}" if slot.record.reason else ""))
+        self.log(
+            f"{trial_id} {state} at step {slot.record.steps}"
+            + (f": {slot.record.reason}" if slot.record.reason else "")
+        )
 
     # Steps and rungs -------------------------------------------------------------------------------------------
 
@@ -258,7 +263,9 @@ class Pack:
         for step, cohort in scores.items():
             for trial_id in cohort:
                 self.slots[trial_id].cohort = {"step": step, "scores": cohort}
-        table = ", ".join(f"{t} {s:.4g}" if s is not None else f"{t} none" for c in scores.values() for t, s in c.items())
+        table = ", ".join(
+            f"{t} {s:.4g}" if s is not None else f"{t} none" for c in scores.values() for t, s in c.items()
+        )
         self.log(f"scored {self.select_by} in {seconds:.2f} s: {table}")
 
     # Board and checkpoints -------------------------------------------------------------------------------------

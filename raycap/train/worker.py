@@ -113,7 +113,9 @@ class TrainKeeper:
             if (found := self._load(folder)) is not None:
                 return found
         if folders:
-            raise ModelError(f"none of the {len(folders)} checkpoints under {self.storage} can be read. Remove it to start anew.")
+            raise ModelError(
+                f"none of the {len(folders)} checkpoints under {self.storage} can be read. Remove it to start anew."
+            )
         return {}, {}
 
     def _load(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -166,7 +168,9 @@ def _log_file(path: Path) -> Iterator[Callable[[str], None]]:
         def log(line: str) -> None:
             with lock:
                 now = time.time()
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d} {line}\n")
+                file.write(
+                    f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d} {line}\n"
+                )
 
         yield log
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -112,7 +113,7 @@ class _FollowsLedger:
     def _follow(self, result: Mapping[str, Any]) -> str:
         if "cohort" not in result:
             return TrialScheduler.CONTINUE
-        step, cohort = int(result["step"]), dict(result["cohort"])
+        step, cohort = int(result["step"]), json.loads(result["cohort"])
         if result.get("diverged"):
             return TrialScheduler.STOP  # between rungs: nothing to compare, and the slot is free already
         verdicts = self.ledger.judge(step, cohort)

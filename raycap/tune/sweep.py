@@ -29,6 +29,8 @@ from raycap.tune.space import sample_trials
 
 WATCH_S = 0.5
 """Time between two looks at the board, each of which reaches `on_progress`."""
+CALL_TIMEOUT_S = 30.0
+"""How long the board may take to answer while a sweep is stopped."""
 STOP_WAIT_S = 60.0
 """How long packs may take to write their last checkpoint after Ctrl-C."""
 
@@ -180,19 +182,21 @@ class _Sweep:
             raise RunError(f"Ray Tune's loop ended: {_last_line(self.tune.error)}") from self.tune.error
 
     def _write_trials(self, last: dict[str, Any], written: str) -> str:
-        rows = json.dumps(last["trials"])
-        if rows != written:
+        rows = json.dumps(last.get("trials", []))
+        if rows not in (written, "[]"):
             write_json(self.run_dir / "checkpoints" / "trials.json", {"trials": last["trials"]})
         return rows
 
     def _stop(self, signals: _Signals) -> None:
         """First signal: packs write a checkpoint and return. Second: leave at once."""
-        self.ray.get(self.board.stop.remote())
-        deadline = time.monotonic() + STOP_WAIT_S
-        while signals.count < 2 and time.monotonic() < deadline and any(pack.is_alive() for pack in self.packs):
+        self.ray.get(self.board.stop.remote(), timeout=CALL_TIMEOUT_S)
+        deadline, last = time.monotonic() + STOP_WAIT_S, {}
+        whole = False
+        while signals.count < 2 and not whole and time.monotonic() < deadline:
             signals.wait(0.1)
-        whole = not any(pack.is_alive() for pack in self.packs)
-        self._write_trials(self.ray.get(self.board.snapshot.remote()), "")
+            last = self.ray.get(self.board.snapshot.remote(), timeout=CALL_TIMEOUT_S)
+            whole = all(pack["bye"] for pack in last["packs"].values()) if last["packs"] else True
+        self._write_trials(last, "")
         how = "every running trial is checkpointed" if whole else "what was not checkpointed yet will be trained again"
         raise Interrupted(f"stopped by {signals.name}; {how}. Go on with the same command and --resume.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import uuid
 from typing import Any
@@ -31,10 +32,12 @@ def trial_client(config: dict[str, Any]) -> None:
                 return
             seen += 1
             if event["kind"] == "diverged":
-                nothing = {"cider": math.nan, "val_loss": math.nan, "cohort": {trial: None}, "diverged": True}
-                tune.report({"trial": trial, "step": event["step"], **nothing})
+                nothing = {"cider": math.nan, "val_loss": math.nan, "cohort": json.dumps({trial: None})}
+                tune.report({"trial": trial, "step": event["step"], **nothing, "diverged": True})
                 return
-            tune.report({"trial": trial, **event["metrics"], "step": event["step"], "cohort": event["cohort"]})
+            # As text, because Tune hands schedulers a flattened result.
+            cohort = json.dumps(event["cohort"])
+            tune.report({"trial": trial, **event["metrics"], "step": event["step"], "cohort": cohort})
             ray.get(board.proceed.remote(trial, event["step"]))
     finally:
         board.release.remote(trial, me)

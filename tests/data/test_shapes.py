@@ -47,7 +47,7 @@ def test_a_scene_is_a_small_rgb_picture_of_one_to_four_objects():
 def test_objects_do_not_overlap_and_stand_as_the_relation_says():
     for scene in generate(400, seed=2):
         relation = scene.plan.relation
-        first, second = ([o for o in scene.objects if o.group == n] for n in (0, 1))
+        first, second, third = ([o for o in scene.objects if o.group == n] for n in range(3))
         for one, other in itertools.combinations(scene.objects, 2):
             apart = np.hypot(one.x - other.x, one.y - other.y)
             if relation == "inside":
@@ -58,6 +58,10 @@ def test_objects_do_not_overlap_and_stand_as_the_relation_says():
             assert max(o.x for o in first) < min(o.x for o in second)
         if relation == "above":
             assert max(o.y for o in first) < min(o.y for o in second)
+        if relation == "row":
+            assert first[0].x < second[0].x < third[0].x
+        if relation == "column":
+            assert first[0].y < second[0].y < third[0].y
 
 
 def test_five_different_captions_and_one_plain_one():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from raycap.data.shards import is_shards_folder, open_shards, prepare, prepare_if_needed
-from raycap.errors import DataError, RunError
+from raycap.errors import ConfigError, DataError, RunError
 from raycap.files import read_json, read_jsonl
 
 COLUMNS = ["image_id", "image", "captions", "split", "group", "lang", "source", "width", "height", "sha256"]
@@ -253,6 +253,35 @@ def test_the_cache_is_keyed_by_content_and_settings(mini, settings, tmp_path, mo
     assert prepare_if_needed(settings(mini, max_text_tokens=9)) == first  # nothing that shards depend on
     os.utime(mini / "images" / "00.png", (1, 1))
     assert prepare_if_needed(settings(mini)) != first
+
+
+def test_two_processes_prepare_one_set_once(mini, tmp_path):
+    code = """
+import sys
+from raycap.config import from_dict
+from raycap.data import shards
+real = shards._prepare
+def told(*args):
+    print("prepared")
+    return real(*args)
+shards._prepare = told
+print(shards.prepare_if_needed(from_dict({"data": {"source": sys.argv[1]}, "run": {"cache_dir": sys.argv[2]}})))
+"""
+    command = [sys.executable, "-c", code, str(mini), str(tmp_path / "cache")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate(timeout=60)[0].split() for p in both]
+    assert sum("prepared" in s for s in said) == 1 and said[0][-1] == said[1][-1]
+    assert is_shards_folder(said[0][-1])
+
+
+def test_a_prepared_or_unfinished_folder_as_the_source(settings, mini, tmp_path):
+    prepare(settings(mini), tmp_path / "out")
+    assert prepare_if_needed(settings(tmp_path / "out", limit=6)) == tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"data\.limit=5 has no effect on .*out"):
+        prepare_if_needed(settings(tmp_path / "out", limit=5))
+    (tmp_path / "out" / "manifest.json").unlink()
+    with pytest.raises(DataError, match="did not finish"):
+        prepare_if_needed(settings(tmp_path / "out"))
 
 
 def test_damaged_shards_are_told(settings, mini, tmp_path):

@@ -62,7 +62,10 @@ def test_local_poison_is_told(poisoned, prepare_row, tmp_path):
     with pytest.raises(DataError, match=POISON):
         fill(store, local_batches(poisoned, "train", prepare_row))
     assert store.ready.sum() == ROWS_PER_SHARD + 64  # what came before it is in
-    store.close()
+    store.wait([0, 5], timeout_s=0)
+    with pytest.raises(DataError, match=POISON):  # and who waits for the rest hears why
+        store.wait([0, 250], timeout_s=60)
+    assert open_store(poisoned, tmp_path).owner  # the next one may try again
 
 
 def test_a_row_that_cannot_be_prepared_is_told(shards_folder, tmp_path):
@@ -91,6 +94,16 @@ def test_fill_passes_other_errors_on(shards_folder, tmp_path):
     with pytest.raises(KeyError, match="mine"):
         fill(open_store(shards_folder, tmp_path), interrupted())
     assert data_error(KeyError("mine")) is None
+
+
+def test_a_full_store_is_left_as_it_is(shards_folder, prepare_row, tmp_path):
+    fill(open_store(shards_folder, tmp_path), local_batches(shards_folder, "train", prepare_row))
+
+    def untouched():
+        raise AssertionError("drained")
+        yield
+
+    assert fill(open_store(shards_folder, tmp_path), untouched()).complete
 
 
 def test_a_data_error_is_found_under_what_wraps_it():

@@ -136,16 +136,13 @@ def test_saved_nf4_gives_the_logits_of_the_model_in_memory(config, merged, nf4):
     assert torch.equal(logits(unpacked(plain(nf4)), torch.float16), logits(memory.model.eval(), torch.float16))
 
 
-def test_a_second_save_after_an_evaluation_is_the_first(nf4, tmp_path):
-    """Plain transformers, as a user does it: load, evaluate, save; this CPU's repacking must not reach the file."""
-    from safetensors.torch import load_file
-
+def test_plain_evaluation_repacks_on_some_cpus_and_stays_close(nf4):
+    """A user who sets no flag gets this CPU's bf16 kernel where it has one: the same model, up to that kernel's rounding."""
+    exact = logits(unpacked(plain(nf4)), torch.float16)
     model = plain(nf4)
-    logits(model, torch.float16)
-    model.save_pretrained(tmp_path)
-    first, second = load_file(nf4 / "model.safetensors"), load_file(tmp_path / "model.safetensors")
-    assert set(first) == set(second)
-    assert all(torch.equal(first[k], second[k]) for k in first)
+    first, second = logits(model, torch.float16), logits(model, torch.float16)
+    assert torch.equal(first, second)
+    assert (first - exact).abs().max() < 0.02 * exact.abs().max()
 
 
 def test_folders_load_and_caption_without_raycap(merged, nf4):

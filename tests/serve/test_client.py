@@ -78,6 +78,16 @@ def test_refusal_is_not_retried_and_carries_the_reason(server):
     assert len(server.seen) == 1
 
 
+def test_a_batch_that_is_too_large_is_split(server):
+    large = (413, {}, {"error": {"message": "at most 2 bytes are taken"}})
+    server.script += [large, large]
+    assert caption_images(server.url, images(4), 4, in_flight=1) == [f"picture {i}" for i in range(4)]
+    assert server.seen == [4, 2, 1, 1, 2]
+    server.script += [large] * 2
+    with pytest.raises(RunError, match=r"413: at most 2 bytes"):
+        caption_images(server.url, images(2), 2)
+
+
 def test_staying_full_ends_in_an_error_that_says_so(server):
     server.script += [(503, {"Retry-After": "0"}, {"error": {"message": "64 requests are held"}})] * 9
     with pytest.raises(RunError, match=r"503 after 3 attempts: 64 requests are held"):

@@ -1,0 +1,153 @@
+"""`raycap compare`: are one run's captions better than another's, or is the difference chance?"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from raycap.cli.common import add_json, print_json
+from raycap.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from raycap.report.runs import Run
+
+NAME = "compare"
+HELP = "compare runs on the pictures they share: paired bootstrap of CIDEr, Holm over the runs"
+EXAMPLES = """\
+examples:
+  raycap compare results/shapes-git results/shapes-git-2
+  raycap compare results/a results/b results/c --split val --variant adapter --json
+
+Every run is compared with the first. Document frequencies come from the shared references, so that all runs are
+measured by one scale.
+"""
+PREFERRED = ("served", "merged", "adapter", "merged-nf4")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders, the one to compare with first")
+    parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("--variant", help="which captions; default: the furthest on the way to served that all have")
+    parser.add_argument("--resamples", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if len(args.runs) < 2:
+        raise UsageError("compare needs at least two run folders")
+    if args.resamples < 100:
+        raise UsageError(f"--resamples {args.resamples} is too few for a 95 % interval: take at least 1000")
+    from raycap.report.runs import load_run
+
+    found = compare([load_run(r) for r in args.runs], args.split, args.variant, args.resamples, args.seed)
+    if args.json:
+        print_json(found)
+        return 0
+    print(f"{found['variant']} captions on {found['images']:,} {found['split']} pictures that all runs have")
+    for warning in found["warnings"]:
+        print(f"note: {warning}")
+    width = max(len(r["run"]) for r in found["runs"])
+    for row in found["runs"]:
+        line = f"  {row['run']:<{width}}  CIDEr {row['cider']:.4f}"
+        if "difference" in row:
+            line += f"  {row['difference']:+.4f} [{row['low']:.4f}, {row['high']:.4f}]  p {row['p']:.4f}"
+            line += f", Holm {row['p_holm']:.4f}: {row['verdict']}"
+        print(line)
+    print(f"signature: {found['signature']}")
+    return 0
+
+
+def compare(runs: list[Run], split: str, variant: str | None, resamples: int, seed: int) -> dict[str, Any]:
+    """Every run against the first.
+
+    Raises:
+        UsageError: no variant that all runs have. DataError: no shared pictures, or other references for one.
+    """
+    import numpy as np
+
+    from raycap.evaluate.cider import CiderScorer
+    from raycap.evaluate.significance import paired_bootstrap
+
+    variant = variant or _shared_variant(runs, split)
+    rows = [{r["image_id"]: r for r in run.predictions(split, variant)} for run in runs]
+    shared = [i for i in rows[0] if all(i in other for other in rows[1:])]
+    if not shared:
+        raise DataError(f"the runs share no picture on {split}: they were scored on different data")
+    for run, other in zip(runs[1:], rows[1:]):
+        different = [i for i in shared if other[i]["references"] != rows[0][i]["references"]]
+        if different:
+            raise DataError(
+                f"{run.folder} has other references than {runs[0].folder} for {len(different)} pictures (first: "
+                f"{different[0]}): their scores measure different things"
+            )
+    scorer = CiderScorer({i: rows[0][i]["references"] for i in shared})
+    scored = [scorer.score({i: other[i]["caption"] for i in shared}) for other in rows]
+    groups = _groups(runs[0], split)
+    if groups is not None:
+        groups = [groups[i] for i in shared]
+    results: list[dict[str, Any]] = []
+    for run, (corpus, per_image) in zip(runs, scored):
+        row: dict[str, Any] = {"run": run.folder.as_posix(), "cider": float(corpus)}
+        if results:
+            pair = np.asarray(scored[0][1]), np.asarray(per_image)
+            verdict = paired_bootstrap(*pair, groups=groups, resamples=resamples, seed=seed)
+            row |= {k: float(getattr(verdict, k)) for k in ("difference", "low", "high", "p")}
+        results.append(row)
+    for row, adjusted in zip(results[1:], holm([r["p"] for r in results[1:]])):
+        row["p_holm"] = adjusted
+        better = "better" if row["difference"] > 0 else "worse"
+        row["verdict"] = better if adjusted < 0.05 else "cannot be told apart at this size"
+    return {
+        "split": split,
+        "variant": variant,
+        "images": len(shared),
+        "runs": results,
+        "signature": scorer.signature,
+        "warnings": _warnings(runs, rows, shared, groups is not None),
+    }
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """p-values by Holm's step-down rule (1979): below 0.05 after it, at most 5 % of such families err at all."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, floor = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = floor
+    return adjusted
+
+
+def _shared_variant(runs: list[Run], split: str) -> str:
+    common = set.intersection(*(set(run.variants(split)) for run in runs))
+    for variant in PREFERRED:
+        if variant in common:
+            return variant
+    listed = "; ".join(f"{run.folder} has {', '.join(run.variants(split)) or 'none'}" for run in runs)
+    raise UsageError(f"the runs share no variant's predictions on {split}: {listed}")
+
+
+def _groups(run: Run, split: str) -> dict[str, str] | None:
+    """Image id -> group (pictures that are resampled together), from the run's shards while they are there."""
+    from raycap.data.parquet import is_shards_folder, open_shards
+
+    folder = run.entry.get("data", {}).get("folder", "")
+    return open_shards(folder).groups(split) if folder and is_shards_folder(folder) else None
+
+
+def _warnings(runs: list[Run], rows: list[dict[str, Any]], shared: list[str], grouped: bool) -> list[str]:
+    found = []
+    if any(len(r) != len(shared) for r in rows):
+        found.append("the runs were not scored on the same pictures: only those that all have are compared")
+    if not grouped:
+        found.append("the first run's shards are not here: each picture is resampled by itself, whatever its group")
+    data = {run.entry.get("data_sha256", "") for run in runs}
+    if len(data) > 1:
+        found.append("the runs were prepared from different data (data_sha256)")
+    if len(shared) < 50:
+        found.append(f"document frequencies come from only {len(shared)} pictures: CIDEr is unstable below 50")
+    prompts = {run.config.get("data", {}).get("prompt", "") for run in runs}
+    decoding = {str(run.config.get("decode")) for run in runs}
+    if len(prompts) > 1 or len(decoding) > 1:
+        found.append("the runs differ in prompt or decoding, so a difference may come from that")
+    return found

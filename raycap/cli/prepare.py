@@ -1,0 +1,62 @@
+"""`raycap prepare`: images with captions -> checked parquet shards with a manifest."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from raycap.cli.common import add_json, add_plain, add_settings, preset_list, print_json
+from raycap.config import Config, load_config, preset_names
+from raycap.errors import UsageError, did_you_mean
+
+NAME = "prepare"
+HELP = "check an image set row by row and write it as shards that train, Ray Data and datasets read"
+EXAMPLES = f"""\
+examples:
+  raycap prepare my-photos --out my-shards
+  raycap prepare my-photos --out my-shards data.splits=0.9,0.05,0.05
+  raycap prepare shapes-git --out shapes-shards data.shapes_images=300,50,50
+
+What is dropped is in my-shards/rejected.jsonl with its reason. Layouts of an image set: docs/data.md.
+{preset_list()}
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="PRESET|FOLDER", help="an image set's folder, or a preset with data.source")
+    add_settings(parser)
+    parser.add_argument("--out", metavar="FOLDER", required=True, help="where the shards go; new, or an unfinished one")
+    add_plain(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = source_config(args.source, args.settings)
+    out = Path(args.out).expanduser()
+    from raycap.pipeline import prepare
+
+    prepare(config, out, plain=args.plain)
+
+    from raycap.data.parquet import open_shards
+
+    manifest = open_shards(out).manifest
+    if args.json:
+        print_json({"folder": str(out), **manifest})
+        return 0
+    counts = ", ".join(f"{n:,} {split}" for split, n in manifest["counts"].items())
+    rows = manifest["rows"]
+    print(f"{out}: {counts}; {rows['kept']:,} rows kept, {rows['rejected']:,} rejected")
+    if rows["rejected"]:
+        print(f"why: {out / 'rejected.jsonl'}")
+    print(f"next: raycap sweep photos-git-tiny data.source={out}")
+    return 0
+
+
+def source_config(source: str, settings: list[str]) -> Config:
+    """Settings that prepare a preset's data or, by the defaults, a folder."""
+    if source in preset_names() or source.endswith((".yaml", ".yml")):
+        return load_config(source, settings)
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"'{source}' is neither a folder nor a preset; {did_you_mean(source, preset_names())}")
+    return load_config("shapes-git", [f"run.name={folder.name}", f"data.source={folder}", *settings])

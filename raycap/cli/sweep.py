@@ -1,0 +1,139 @@
+"""`raycap sweep`: the main job, from images with captions to a served, scored model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from raycap.cli.common import (
+    add_json,
+    add_plain,
+    add_settings,
+    is_run,
+    preset_list,
+    print_json,
+    run_config,
+)
+from raycap.config import Config, load_config
+from raycap.errors import ConfigError, UsageError
+
+NAME = "sweep"
+HELP = "train many trials, export the winner through the gate, serve it, score it, report"
+EXAMPLES = f"""\
+examples:
+  raycap sweep shapes-git
+  raycap sweep photos-git-tiny data.source=my-photos tune.trials=16 train.steps=300
+  raycap sweep shapes-git tune.space.lora.r=[4,8,16] --dry-run
+  raycap sweep --resume results/shapes-git
+
+{preset_list()}; the path of your own .yaml works too
+"""
+CHANGEABLE = ("run.dir", "run.cache_dir", "serve.", "export.")
+"""Settings that may differ when a run goes on: they touch nothing that was trained or scored."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("preset", metavar="PRESET", help="a preset, your own .yaml, or with --resume a run folder")
+    add_settings(parser)
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print settings, trials and the predicted cost, run nothing"
+    )
+    parser.add_argument("--keep-serving", action="store_true", help="leave the winner's server up until Ctrl-C")
+    add_plain(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.keep_serving and args.json:
+        raise UsageError("--keep-serving stays until Ctrl-C and --json prints at the end: give one of them")
+    config = resumed_config(args.preset, args.settings) if args.resume else load_config(args.preset, args.settings)
+    if args.dry_run:
+        return dry_run(config, as_json=args.json)
+    if args.resume:
+        from raycap.report.runs import load_run
+
+        if load_run(config.run.dir).finished:
+            return finished(Path(config.run.dir), as_json=args.json)
+    from raycap.pipeline import sweep
+
+    folder = sweep(config, resume=args.resume, plain=args.plain, keep_serving=args.keep_serving, command=args.command)
+    return finished(folder, as_json=args.json)
+
+
+def finished(folder: Path, *, as_json: bool) -> int:
+    """Print what a run came to; the exit code says whether that is a served winner."""
+    from raycap.report.runs import load_run
+    from raycap.report.summary import run_summary, text_summary
+
+    run_read = load_run(folder)
+    if as_json:
+        print_json(run_summary(run_read))
+    else:
+        print(text_summary(run_read))
+    return 0 if run_read.finished else 1
+
+
+def resumed_config(place: str, settings: list[str]) -> Config:
+    """The settings of the run to go on with: a run folder, or a preset with `run.dir`.
+
+    Raises:
+        UsageError: no run is there, or a setting differs that the trials so far were trained with.
+    """
+    if is_run(place):
+        given = load_config(str(Path(place) / "config.yaml"), settings)
+        folder = Path(place)
+    else:
+        if Path(place).is_dir():
+            raise UsageError(f"{place} holds no run to resume: there is no config.yaml in it")
+        given = load_config(place, settings)
+        if not given.run.dir:
+            raise UsageError(f"--resume needs to know which run: name its folder, or add run.dir=... to '{place}'")
+        folder = Path(given.run.dir).expanduser()
+        if not is_run(folder):
+            raise UsageError(f"run.dir={folder} holds no run to resume: there is no config.yaml in it")
+    started = _flat(run_config(folder))
+    for key, value in _flat(given).items():
+        if value != started[key] and not key.startswith(CHANGEABLE) and key != "run.name":
+            raise ConfigError(
+                f"{key}={value!r} differs from the run's {started[key]!r} in {folder / 'config.yaml'}: its trials "
+                "would not be comparable. Start a new run for it, or resume without that setting."
+            )
+    changed = {k: v for k, v in _flat(given).items() if k.startswith(CHANGEABLE) and v != started[k]}
+    changed.pop("run.dir", None)
+    return run_config(folder, [f"{k}={v}" for k, v in changed.items()])
+
+
+def dry_run(config: Config, *, as_json: bool) -> int:
+    """Print the resolved settings, the trials and what they would cost; nothing is loaded or written."""
+    from raycap.report.ledger import choose_run_dir
+    from raycap.report.predict import predict
+    from raycap.tune.space import sample_trials
+
+    trials = [t.to_dict() | {"scale": t.scale} for t in sample_trials(config)]
+    folder = choose_run_dir(config, claim=False)
+    cost = predict(config)
+    if as_json:
+        print_json({"config": config.to_dict(), "trials": trials, "folder": str(folder), "predicted": cost})
+        return 0
+    import yaml
+
+    print(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+    print(_trials_table(trials))
+    print(f"\nfolder: {folder}")
+    for name, text in cost.items():
+        print(f"{name}: {text}")
+    return 0
+
+
+def _trials_table(trials: list[dict[str, Any]]) -> str:
+    heads = ("trial_id", "r", "alpha", "scale", "lr", "dropout", "seed")
+    cells = [[str(t[h]) if not isinstance(t[h], float) else f"{t[h]:.4g}" for h in heads] for t in trials]
+    widths = [max(len(head), *(len(row[n]) for row in cells)) for n, head in enumerate(heads)]
+    lines = [heads, *cells]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return {f"{section}.{name}": v for section, values in config.to_dict().items() for name, v in values.items()}

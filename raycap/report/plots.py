@@ -1,0 +1,202 @@
+"""Figures of a run as SVG: drawn by matplotlib in a fixed palette that a page can swap for its own, light or dark."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raycap.files import write_atomic
+from raycap.report.data import ReportData
+from raycap.report.livetable import number, sci
+
+INK, MUTED, LINE = "#1b1f24", "#6a7280", "#d9dde3"
+WINNER, FINISHED, STOPPED, BAD = "#1f5fd0", "#7b98c9", "#b4bac4", "#c8372d"
+THEME = {
+    INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", WINNER: "var(--accent)",
+    FINISHED: "var(--finished)", STOPPED: "var(--stopped)", BAD: "var(--bad)",
+}  # fmt: skip
+"""Colour in the file -> colour on the page."""
+CURVE_IN, EFFECT_IN = (5.2, 2.8), (2.9, 2.4)
+MANY = 40
+"""Trials from which lines and dots get thinner."""
+SETTINGS = {"lr": "learning rate", "rank": "rank", "scale": "scale (alpha / rank)", "dropout": "dropout"}
+
+
+def figures(data: ReportData) -> dict[str, tuple[str, str]]:
+    """Name -> (caption, SVG). What was not varied or not measured has no figure."""
+    drawn: dict[str, tuple[str, str]] = {}
+    if any(_points(t, "cider") for t in data.trials):
+        drawn["cider-by-step"] = ("Validation CIDEr at the rungs", curves(data, "cider", "CIDEr"))
+    if any(_points(t, "val_loss") for t in data.trials):
+        drawn["val-loss-by-step"] = ("Validation loss at the rungs", curves(data, "val_loss", "loss per token"))
+    for key, label in SETTINGS.items():
+        scored = [t for t in data.trials if _known(t.get("cider"))]
+        if len({t.get(key) for t in scored}) > 1:
+            drawn[f"cider-by-{key}"] = (f"CIDEr by {label}", effect(data, key, label))
+    return drawn
+
+
+def write_plots(folder: Path | str, drawn: Mapping[str, tuple[str, str]]) -> list[Path]:
+    """plots/<name>.svg, in the light palette on white."""
+    return [write_atomic(Path(folder) / "plots" / f"{name}.svg", svg) for name, (_, svg) in drawn.items()]
+
+
+def curves(data: ReportData, key: str, label: str) -> str:
+    """One line a trial over its rungs; the winner's in front."""
+
+    def draw(axes: Any) -> None:
+        thin = len(data.trials) > MANY
+        for trial in sorted(data.trials, key=lambda t: _layer(data, t)):
+            points = _points(trial, key)
+            if not points:
+                continue
+            best, colour = trial["trial_id"] == data.best_trial, _colour(data, trial)
+            width = 2.2 if best else 0.6 if thin else 1.2
+            dot = 3.5 if best else 0 if thin and len(points) > 1 else 2.2
+            steps, values = zip(*points)
+            axes.plot(steps, values, color=colour, linewidth=width, marker="o", markersize=dot or 1.2, gid=_gid(trial))
+            spread = [point.get(f"{key}_se") for point in trial["curve"] if _known(point.get(key))]
+            if best and all(_known(s) for s in spread):
+                low, high = (
+                    [v - 1.96 * s for v, s in zip(values, spread)],
+                    [v + 1.96 * s for v, s in zip(values, spread)],
+                )
+                axes.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0)
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel(label)
+        ticks = sorted({int(s) for t in data.trials for s, _ in _points(t, key)})
+        if 1 < len(ticks) <= 6:
+            axes.set_xscale("log")
+            _ticks(axes, ticks, lambda value: f"{value:,.0f}")
+
+    return _figure(draw, data, CURVE_IN)
+
+
+def effect(data: ReportData, key: str, label: str) -> str:
+    """A dot a trial: its setting against its CIDEr, hollow where it was stopped and so scored at an earlier rung."""
+
+    def draw(axes: Any) -> None:
+        size = 12 if len(data.trials) > MANY else 26
+        for trial in sorted(data.trials, key=lambda t: _layer(data, t)):
+            if not _known(trial.get("cider")) or not _known(trial.get(key)):
+                continue
+            colour, best = _colour(data, trial), trial["trial_id"] == data.best_trial
+            full = trial["state"] == "finished"
+            axes.scatter(
+                [trial[key]],
+                [trial["cider"]],
+                s=size * (2 if best else 1),
+                facecolors=colour if full else "none",
+                edgecolors=colour if full or trial["state"] != "stopped" else MUTED,
+                linewidths=1.0,
+                gid=_gid(trial),
+                zorder=3 if best else 2,
+            )
+        values = sorted({t[key] for t in data.trials if _known(t.get(key)) and _known(t.get("cider"))})
+        if key == "lr":
+            axes.set_xscale("log")
+            low, high = math.floor(math.log10(values[0])), math.ceil(math.log10(values[-1]))
+            _ticks(axes, [10.0**e for e in range(low, high + 1)], sci)
+            axes.set_xlim(values[0] / 1.3, values[-1] * 1.3)
+        else:
+            if key in ("rank", "scale") and values[0] > 0:
+                axes.set_xscale("log", base=2)
+                axes.set_xlim(values[0] / 1.4, values[-1] * 1.4)
+            else:
+                gap = (values[-1] - values[0]) * 0.15
+                axes.set_xlim(values[0] - gap, values[-1] + gap)
+            if len(values) <= 6:
+                _ticks(axes, values, lambda value: f"{value:g}")
+        axes.set_xlabel(label)
+        axes.set_ylabel("CIDEr")
+
+    return _figure(draw, data, EFFECT_IN)
+
+
+def for_page(svg: str, label: str) -> str:
+    """The figure for an HTML page: the page's colours and font, as wide as its place, no address in it."""
+    svg = svg[svg.index("<svg") :]
+    for colour, theme in THEME.items():
+        svg = re.sub(re.escape(colour), theme, svg, flags=re.IGNORECASE)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    head, rest = svg.split(">", 1)
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    return f'{head} role="img" aria-label="{html.escape(label, quote=True)}">{rest}'
+
+
+def _figure(draw: Callable[[Any], None], data: ReportData, size_in: tuple[float, float]) -> str:
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    look = {
+        "svg.fonttype": "none", "svg.hashsalt": "raycap", "font.family": "sans-serif", "font.size": 9,
+        "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": LINE, "xtick.color": LINE, "ytick.color": LINE,
+        "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "axes.grid": True, "grid.color": LINE,
+        "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.linewidth": 0.8, "axes.labelsize": 9,
+        "figure.facecolor": "none", "axes.facecolor": "none",
+    }  # fmt: skip
+    with mpl.rc_context(look):
+        # The canvas by hand and no pyplot: pyplot holds figures in a global and picks a window system.
+        figure = Figure(figsize=size_in, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", visible=False)
+        draw(axes)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: sans-serif", out.getvalue())
+    return _with_titles(svg, data)
+
+
+def _with_titles(svg: str, data: ReportData) -> str:
+    """A group per trial gets the trial's facts as its tooltip, and its id as data: ids repeat from figure to figure."""
+    facts = {t["trial_id"]: t for t in data.trials}
+
+    def titled(match: re.Match[str]) -> str:
+        trial = facts.get(match[1])
+        if trial is None:
+            return match[0]
+        setting = f"rank {trial['rank']}, alpha {trial['alpha']:g}, lr {sci(trial['lr'])}, dropout {trial['dropout']:g}"
+        text = f"{trial['trial_id']} {trial['state']}: {setting}; CIDEr {number(trial.get('cider'))}"
+        return f'<g class="trial" data-trial="{html.escape(match[1], quote=True)}"><title>{html.escape(text)}</title>'
+
+    return re.sub(r'<g id="trial-([^"]+)">', titled, svg)
+
+
+def _gid(trial: Mapping[str, Any]) -> str:
+    return f"trial-{trial['trial_id']}"
+
+
+def _ticks(axes: Any, values: Sequence[float], text: Callable[[float], str]) -> None:
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xticks(list(values), [text(v) for v in values])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _points(trial: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
+    return [(p["step"], p[key]) for p in trial.get("curve", []) if _known(p.get(key))]
+
+
+def _known(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _colour(data: ReportData, trial: Mapping[str, Any]) -> str:
+    if trial["trial_id"] == data.best_trial:
+        return WINNER
+    return {"finished": FINISHED, "diverged": BAD, "failed": BAD}.get(trial["state"], STOPPED)
+
+
+def _layer(data: ReportData, trial: Mapping[str, Any]) -> int:
+    """Drawn from the back to the front: stopped, broken, finished, the winner."""
+    return [STOPPED, BAD, FINISHED, WINNER].index(_colour(data, trial))

@@ -1,0 +1,229 @@
+"""The tables of report.html: scores, gate, trials. Everything that a run or a person wrote is escaped here."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from raycap.report.data import ReportData
+from raycap.report.ledger import variant_order
+from raycap.report.livetable import duration, number, sci
+
+METRIC_NAMES = {
+    "bleu1": "BLEU-1", "bleu2": "BLEU-2", "bleu3": "BLEU-3", "bleu4": "BLEU-4", "meteor": "METEOR",
+    "rouge_l": "ROUGE-L", "cider": "CIDEr",
+}  # fmt: skip
+VARIANT_NOTES = {
+    "constant": "the most frequent training caption, for every picture",
+    "zero-shot": "the base as it was, same prompt and decoding",
+    "adapter": "the winner on the quantised base",
+    "merged": "the winner folded into 16-bit weights",
+    "merged-nf4": "merged, then quantised again",
+    "served": "the promoted model's answers over HTTP",
+}
+STATE_LOOK = {"finished": "good", "diverged": "bad", "failed": "bad", "running": "warn", "judged": "warn"}
+
+
+def scores(data: ReportData) -> str:
+    """A table a split: variants by metrics, and CIDEr's paired interval against zero-shot."""
+    tables = []
+    splits = sorted(data.metrics, key=lambda split: (split != "test", split != "val", split))
+    for split in splits:
+        variants = sorted(data.metrics[split], key=variant_order)
+        known = {m for v in variants for m in data.metrics[split][v]}
+        names = [m for m in METRIC_NAMES if m in known] + sorted(known - set(METRIC_NAMES))
+        verdicts = {v["variant"]: v for v in data.verdicts if _against_start(v, split)}
+        top = max((score_of(data, split, v, "cider") or 0.0 for v in variants), default=0.0)
+        head = "".join(f"<th>{escape(METRIC_NAMES.get(m, m))}</th>" for m in names)
+        head = f'<th class="l">variant</th>{head}{"<th>against zero-shot</th>" if verdicts else ""}'
+        rows = []
+        for variant in variants:
+            cells = "".join(_score_cell(data.metrics[split][variant].get(m), m, top) for m in names)
+            if verdicts:
+                cells += f"<td>{_interval(verdicts.get(variant))}</td>"
+            mark = ' class="win"' if variant == top_score(data)[0] and split == "test" else ""
+            rows.append(f"<tr{mark}>{_named(variant, VARIANT_NOTES.get(variant, ''))}{cells}</tr>")
+        images = next((v["images"] for v in verdicts.values() if v.get("images")), None)
+        images = images or (data.data.get("counts") or {}).get(split)
+        title = f"{escape(split)}{f', {images:,} images' if images else ''}"
+        tables.append(f"<h3>{title}</h3>{scrolled(head, rows)}")
+    if not tables:
+        return ""
+    note = ("The winner meets the test split once, beside the base it started from and the floor that any captioner "
+            "has to clear. Intervals are 95 %, from a bootstrap over pairs of captions of the same image.")  # fmt: skip
+    others = "".join(
+        f"<dt>{escape(v['variant'])} against {escape(v['against'])}, {escape(v['split'])}</dt>"
+        f"<dd>{escape(v['sentence'])}</dd>"
+        for v in data.verdicts
+        if v.get("sentence")
+    )
+    others = f"<details><summary>Verdicts in words</summary><dl class=kv>{others}</dl></details>" if others else ""
+    return f'<p class="note">{note}</p>' + '<div style="height:18px"></div>'.join(tables) + others
+
+
+def _against_start(verdict: Mapping[str, Any], split: str) -> bool:
+    compared = (verdict["split"], verdict["against"], verdict.get("metric", "cider"))
+    return compared == (split, "zero-shot", "cider")
+
+
+def gate(data: ReportData) -> str:
+    found = data.gate
+    if not found:
+        return ""
+    passed = bool(found["passed"])
+    kept_dequantised = found.get("merged_dequantised") is not None and found["merged_dequantised"] >= found["merged"]
+    kept_drop = found["drop_merged"]
+    rows_of = [
+        ("adapter", found["adapter"], None, "on the base it was trained on"),
+        ("merged", found["merged"], None if kept_dequantised else kept_drop, "folded into the original weights"),
+        ("merged, dequantised", found.get("merged_dequantised"), kept_drop if kept_dequantised else None,
+         "folded into the dequantised weights"),
+        ("merged-nf4", found["merged_nf4"], found["drop_nf4"], "the better of the two, quantised again"),
+    ]  # fmt: skip
+    kept = "merged, dequantised" if kept_dequantised else "merged"
+    rows = []
+    for name, score, drop, what in rows_of:
+        if score is None:
+            continue
+        tag = ' <span class="pill">kept</span>' if name == kept else ""
+        dropped = "" if drop is None else f"{drop:+.2%}"
+        rows.append(f"<tr>{_named(name, what, tag)}<td>{number(score, 4)}</td><td>{dropped}</td></tr>")
+    look, verdict = ("good", "passed") if passed else ("bad", "not passed: nothing is served")
+    pill = f'<span class="pill {look}">{verdict}</span>'
+    metric = METRIC_NAMES.get(found["metric"], found["metric"])
+    note = (f"Each step from adapter to served model is scored again on {escape(found['split'])}. A drop of more than "
+            f"{found['max_drop']:.1%} from the adapter stops promotion. {pill}")  # fmt: skip
+    head = f'<th class="l">model</th><th>{escape(metric)}</th><th>drop</th>'
+    return f'<p class="note">{note}</p>' + scrolled(head, rows)
+
+
+def trials(data: ReportData) -> str:
+    """Sortable; best first."""
+    if not data.trials:
+        return ""
+    ordered = sorted(data.trials, key=lambda t: -(t["cider"] if _finite(t.get("cider")) else -1.0))
+    top = max((t["cider"] for t in ordered if _finite(t.get("cider"))), default=0.0)
+    columns = (
+        *(
+            ("trial", "l", ""),
+            ("state", "l", ""),
+            ("rank", "", ""),
+            ("alpha", "", ""),
+            ("scale", "", ""),
+            ("lr", "", ""),
+        ),
+        *(("dropout", "", ""), ("steps", "", "descending"), ("val loss", "", ""), ("CIDEr", "", "descending")),
+        *(("time", "", "descending"), ("note", "l", "")),
+    )
+    head = ""
+    for name, side, first in columns:
+        sort = ' aria-sort="descending"' if name == "CIDEr" else ""
+        attributes = (f' class="{side}"' if side else "") + (f' data-first="{first}"' if first else "") + sort
+        head += f'<th{attributes}><button type="button">{name}</button></th>'
+    rows = [_trial_row(data, t, top) for t in ordered]
+    states = ", ".join(f"{n} {s}" for s, n in Counter(t["state"] for t in data.trials).most_common())
+    collapsed = sum(bool((t.get("collapse") or {}).get("collapsed")) for t in data.trials)
+    note = f"{states}. CIDEr ± its standard error on validation images, at each trial's best rung."
+    if collapsed:
+        note += f" {collapsed} collapsed: a few captions for all pictures, whatever the score says."
+    tall = " tall" if len(rows) > 20 else ""
+    return f'<p class="note">{note}</p>' + scrolled(head, rows, f"sortable{tall}")
+
+
+def _trial_row(data: ReportData, t: Mapping[str, Any], top: float) -> str:
+    best = t["trial_id"] == data.best_trial
+    pill = f'<span class="pill {STATE_LOOK.get(t["state"], "")}">{escape(t["state"])}</span>'
+    collapse = t.get("collapse") or {}
+    notes = []
+    if best:
+        notes.append('<span class="pill win">winner</span>')
+    if t["trial_id"] == data.worst_trial and len(data.trials) > 1:
+        notes.append('<span class="pill">worst</span>')
+    if collapse.get("collapsed"):
+        share = collapse.get("distinct_share")
+        told = f": {share:.0%} distinct" if _finite(share) else ""
+        notes.append(f'<span class="pill warn">collapsed{told}</span>')
+    if t.get("reason"):
+        notes.append(escape(t["reason"]))
+    cider = "–"
+    if _finite(t.get("cider")):
+        se = f' <span class="se">± {number(t["cider_se"])}</span>' if _finite(t.get("cider_se")) else ""
+        cider = _meter(t["cider"], top) + number(t["cider"]) + se
+    row = ' class="win"' if best else ' class="dim"' if t["state"] == "stopped" else ""
+    return (
+        f'<tr{row}><th scope="row">{escape(t["trial_id"])}</th><td class="l">{pill}</td>'
+        + _cell(t["rank"], str(t["rank"])) + _cell(t["alpha"], f"{t['alpha']:g}") + _cell(t["scale"], f"{t['scale']:g}")
+        + _cell(t["lr"], sci(t["lr"])) + _cell(t["dropout"], f"{t['dropout']:g}") + _cell(t["steps"], f"{t['steps']:,}")
+        + _cell(t.get("val_loss"), number(t.get("val_loss"))) + _cell(t.get("cider"), cider)
+        + _cell(t.get("seconds"), duration(t.get("seconds"))) + f'<td class="l note">{" ".join(notes)}</td></tr>'
+    )  # fmt: skip
+
+
+def _named(name: str, note: str, tag: str = "") -> str:
+    return f'<th scope="row">{escape(name)}{tag}<small>{escape(note)}</small></th>'
+
+
+def scrolled(head: str, rows: Sequence[str], look: str = "") -> str:
+    tall = " tall" if "tall" in look else ""
+    name = f' class="{look.replace(" tall", "")}"' if look else ""
+    table = f"<table{name}><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll{tall}" tabindex="0">{table}</div>'
+
+
+def pairs(facts: Mapping[str, Any]) -> str:
+    rows = []
+    for key, value in facts.items():
+        if value in ("", None, {}, []):
+            continue
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in value.items())
+        rows.append(
+            f"<dt>{escape(str(key))}</dt><dd>{escape(f'{value:,}' if isinstance(value, int) else str(value))}</dd>"
+        )
+    return f'<dl class="kv">{"".join(rows)}</dl>'
+
+
+def _score_cell(found: Mapping[str, Any] | None, metric: str, top: float) -> str:
+    if not found or not _finite(found.get("score")):
+        return "<td>–</td>"
+    meter = _meter(found["score"], top) if metric == "cider" else ""
+    return f"<td>{meter}{number(found['score'])}</td>"
+
+
+def _interval(verdict: Mapping[str, Any] | None) -> str:
+    if verdict is None:
+        return ""
+    return f'{verdict["difference"]:+.3f} <span class="se below">[{verdict["low"]:.3f}, {verdict["high"]:.3f}]</span>'
+
+
+def _meter(value: float, top: float) -> str:
+    share = max(0.0, min(1.0, value / top)) if top > 0 else 0.0
+    return f'<span class="meter"><i style="width:{share:.1%}"></i></span>'
+
+
+def _cell(value: Any, text: str) -> str:
+    raw = f"{value:.10g}" if _finite(value) else ""
+    return f'<td data-v="{raw}">{text}</td>'
+
+
+def top_score(data: ReportData) -> tuple[str, float | None]:
+    for variant in ("served", "merged", "merged-nf4", "adapter"):
+        score = score_of(data, "test", variant, "cider")
+        if score is not None:
+            return variant, score
+    return "", None
+
+
+def score_of(data: ReportData, split: str, variant: str, metric: str) -> float | None:
+    return data.metrics.get(split, {}).get(variant, {}).get(metric, {}).get("score")
+
+
+def size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
