@@ -1,11 +1,11 @@
 """Pretrains the tiny GIT that ships with raycap, on an endless stream of freshly drawn plain scenes.
 
-    python tools/pretrain_tiny_git.py      # about 30 minutes on 2 CPU cores
+    python tools/pretrain_tiny_git.py      # about 15 minutes on 2 CPU cores of its own
 
 Everything is trained, the vision tower included; beside the caption loss each patch has to tell what lies on it (shape,
 texture, size, colour), through a head that is thrown away. Words never shown keep their random rows in the output
-layer: pushed down for 16,000 steps, no adapter below that layer could bring them back. The saved weights are a running
-mean. A run that was stopped goes on from its last checkpoint when started again with the same --work.
+layer: pushed down for thousands of steps, no adapter below that layer could bring them back. The saved weights are a
+running mean. A run that was stopped goes on from its last checkpoint when started again with the same --work.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("raycap/models/tiny/git"), help="folder of the finished model")
     work = Path(tempfile.gettempdir()) / "raycap-tiny-git"
     parser.add_argument("--work", type=Path, default=work, help="folder for checkpoints")
-    parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--steps", type=int, default=9_000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
-    parser.add_argument("--checkpoint-every-s", type=float, default=180.0)
+    parser.add_argument("--checkpoint-every-s", type=float, default=300.0)
     return parser.parse_args(argv)
 
 

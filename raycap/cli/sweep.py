@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.keep_serving and args.json:
         raise UsageError("--keep-serving stays until Ctrl-C and --json prints at the end: give one of them")
-    config = resumed_config(args.preset, args.settings) if args.resume else load_config(args.preset, args.settings)
+    config = resumed_config(args.preset, args.settings) if args.resume else new_config(args.preset, args.settings)
     if args.dry_run:
         return dry_run(config, as_json=args.json)
     if args.resume:
@@ -73,6 +73,14 @@ def finished(folder: Path, *, as_json: bool) -> int:
     else:
         print(text_summary(run_read))
     return 0 if run_read.finished else 1
+
+
+def new_config(preset: str, settings: list[str]) -> Config:
+    """A preset's settings; a run folder in its place is a slip that is told as such."""
+    if is_run(preset):
+        again = f"`raycap sweep {preset}/config.yaml` runs it anew"
+        raise UsageError(f"{preset} is a run folder: `--resume` goes on with it, {again}")
+    return load_config(preset, settings)
 
 
 def resumed_config(place: str, settings: list[str]) -> Config:

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from raycap.cli.common import add_json, add_plain, add_settings, preset_list
-from raycap.cli.sweep import dry_run, finished, resumed_config
-from raycap.config import from_dict, load_config
+from raycap.cli.sweep import dry_run, finished, new_config, resumed_config
+from raycap.config import from_dict
 
 NAME = "train"
 HELP = "train one adapter with the preset's own settings, and take it the same way as a sweep's winner"
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         if load_run(config.run.dir).finished:
             return finished(Path(config.run.dir), as_json=args.json)
     else:
-        tree = load_config(args.preset, args.settings).to_dict()
+        tree = new_config(args.preset, args.settings).to_dict()
         # A pack of one that nobody prunes: the preset's own point, not one drawn from its space.
         tree["tune"] |= {"trials": 1, "slots": 1, "packs": 1, "scheduler": "none", "grace_steps": 0, "space": {}}
         config = from_dict(tree)

@@ -66,8 +66,8 @@ DEMO = Palette(
         "pink": ((245, 130, 185), Words(("pink", "rosy"))), "brown": ((120, 70, 35), Words(("brown",))),
         "turquoise": ((40, 185, 180), Words(("turquoise", "teal"))),
         "gray": ((140, 140, 145), Words(("gray", "silver"))), "navy": ((25, 35, 110), Words(("navy", "dark blue"))),
-        "lime": ((170, 230, 40), Words(("lime", "bright green"))), "maroon": ((115, 20, 50), Words(("maroon", "wine red"))),
-        "olive": ((120, 125, 35), Words(("olive",))),
+        "lime": ((170, 230, 40), Words(("lime", "bright green"))), "olive": ((120, 125, 35), Words(("olive",))),
+        "maroon": ((115, 20, 50), Words(("maroon", "wine red"))),
     },
     textures={
         "solid": Words(("", "plain")), "striped": Words(("striped", "banded")), "dotted": Words(("spotted", "dotted")),

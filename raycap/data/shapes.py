@@ -144,11 +144,12 @@ def _distance(palette: Palette, one: str, other: str) -> float:
 
 
 def _finish(groups: tuple[Group, ...], relation: str, rng: random.Random, palette: Palette) -> Plan:
+    """Adds a background that stands out from every colour (each palette has one: tested), and a lone object's place."""
     inks = [palette.colours[g.colour][0] for g in groups]
     clear = [b for b, (rgb, _) in palette.backgrounds.items() if all(math.dist(rgb, ink) >= _CONTRAST for ink in inks)]
     alone = len(groups) == 1 and groups[0].count == 1
     place = rng.choice(("middle", "left", "right", "top", "bottom")) if alone else ""
-    return Plan(groups, relation, background=rng.choice(clear or list(palette.backgrounds)), place=place)
+    return Plan(groups, relation, background=rng.choice(clear), place=place)
 
 
 def _place(plan: Plan, palette: Palette, rng: random.Random) -> tuple[Placed, ...]:
@@ -198,9 +199,10 @@ def _spot(
         if plan.groups[number].count == 1:
             across[:] = [max(low, middle - 9), min(high, middle + 9)]
     elif plan.relation in ("row", "column"):
-        along = x_range if plan.relation == "row" else y_range
-        middle = SIDE * (number + 0.5) / 3
-        along[:] = [max(low, middle - 2), min(high, middle + 2)]
+        along, across = (x_range, y_range) if plan.relation == "row" else (y_range, x_range)
+        third = SIDE * (number + 0.5) / 3
+        along[:] = [max(low, third - 2), min(high, third + 2)]
+        across[:] = [SIDE / 2 - 7, SIDE / 2 + 7]
     elif plan.place:
         middle, third = SIDE / 2, SIDE * 0.28
         centre = {"middle": (middle, middle), "left": (third, middle), "right": (SIDE - third, middle),

@@ -57,6 +57,8 @@ def word(plan: Plan, style: str, rng: random.Random) -> tuple[str, ...]:
     while len(captions) < CAPTIONS_PER_SCENE:
         for template in order:
             if len(captions) < CAPTIONS_PER_SCENE:
+                # Three objects along a line are all small, so half of the people do not mention it.
+                speaker.skips_sizes = len(plan.groups) == 3 and rng.random() < 0.5
                 captions[template(plan, speaker)] = None
     return tuple(captions)
 
@@ -72,6 +74,7 @@ class _Speaker:
 
     def __init__(self, palette: Palette, rng: random.Random | None):
         self.palette, self.rng = palette, rng
+        self.skips_sizes = False
 
     def pick(self, names: tuple[str, ...]) -> int:
         if self.rng is None or len(names) == 1 or self.rng.random() >= _SYNONYM:
@@ -88,7 +91,7 @@ class _Speaker:
     def adjectives(self, group: Group) -> list[str]:
         p = self.palette
         size, texture, colour = p.sizes[group.size], p.textures[group.texture], p.colours[group.colour][1]
-        words = [] if self.leaves_out() else [size.names[self.pick(size.names)]]
+        words = [] if self.leaves_out() or self.skips_sizes else [size.names[self.pick(size.names)]]
         words += [] if self.leaves_out() else [texture.names[self.pick(texture.names)]]
         return [w for w in (*words, colour.names[self.pick(colour.names)]) if w]
 

@@ -23,63 +23,76 @@ L = "[A-Za-zé]"
 X = "[A-Za-zé0-9]"
 _WORD = f"{L}{X}*"
 _HYPHENED = f"{X}+(?:-{X}+)*"
-_SLASHED = rf"{X}+(?:-{L}{X}*)*"
+_SLASHED = r"[A-Za-z0-9]+(?:-[A-Za-z][A-Za-z0-9]*)*"
+_EMAIL = r"[A-Za-z0-9][^ \"<>|(){}]*@(?:[^ \"<>|(){}.]+\.)*[^ \"<>|(){}.]+"
 
 # A rule with groups takes its first group as the token; what follows it is looked at, and counts as length.
 _ALNUM_RULES = [
-    rf"({L}+)(n't)(?!{X})",
+    rf"({L}+)('(?i:[msd]|re|ve|ll))(?![A-Za-z])",
+    rf"({L}*[A-MO-Za-mo-zé])([Nn]['`][Tt])",
+    r"[Nn]['`][Tt]",
     rf"{_WORD}(?:[.!?]{_WORD})*",
+    rf"{X}+(?:[.,]{X}+)*(?:-{X}+)+",
     r"[A-Za-z](?:\.[A-Za-z])*\.",
-    r"[Pp][Hh]\.?[Dd]\.",
     rf"(?:[A-Za-z]\.)+(?:-{X}+)+",
+    r"[Pp][Hh]\.[Dd]\.",
     rf"{_HYPHENED}(?:_{_HYPHENED})*",
-    rf"{_SLASHED}(?:/{_SLASHED})+",
-    r"[A-Z]+(?:[+&][A-Z]+)+",
-    r"[Cc]\+\+|[CcFf]#|[A-Z]{1,2}\$",
+    rf"({_HYPHENED}(?:_{_HYPHENED})*\.)([,;:])",
+    rf"{_SLASHED}(?:/{_SLASHED}){{1,2}}",
+    r"[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+",
+    r"[Cc]\+\+|[CcFf]#|[A-Z]+\$",
+    r"(?:[Aa]nti|[Pp]ro)-",
     r"\d+(?:[.:,]\d+)*",
-    r"(?:\d{1,4}[- ])?\d{1,4}/\d{1,4}",
+    r"(?:\d{1,4}[- ])?\d{1,4}[/⁄]\d{1,4}",
     r"(?:\d{2,4}[- ])?\d{2,4}[- ]\d{3,4}[- ]?\d{3,5}",
-    rf"\d+(?:[.,]\d+)+(?:-{L}{X}*)+",
-    rf"{X}+(?:[.-]{X}+)*\.(?:bat|bmp|c|cgi|class|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|pdf|php|pl|png"
-    rf"|ppt|ps|py|sql|tar|txt|wav|x|xml|zip)(?!{X})",
-    r"[A-Za-z0-9][\w.%+-]*@[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*",
+    rf"{X}+(?:\.{X}+)*\.(?:bat|bmp|c|cgi|class|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|pdf|php|pl|png|ppt"
+    rf"|ps|py|sql|tar|txt|wav|x|xml|zip)(?!{X})",
+    rf"{_EMAIL}>?",
     r"https?://[^ \0\"<>|()]+[^ \0\"<>|().?!,:;-]",
     r"www\.[^ \0\"<>|()/]+(?:/[^ \0\"<>|()]*)?[^ \0\"<>|().?!,:;-]",
-    r"[A-Za-z0-9][A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.(?:com|net|org|edu)(?:/[^ \0\"<>|()]*[^ \0\"<>|().?!,:;-])?(?!-)",
-    r"(?:[Oo]l|[dljDLJ])'",
-    rf"[dloDLO]'{L}{{2,}}",
-    r"[Oo]'[Cc]lock|[Mm]a'am|[EeOo]'er|[Nn]e'er|[Cc]ap'n|[Cc]'mon|[Ss]'mores|[Hh]allow[Ee]'en|ev'ry",
-    r"(y')(?=[a-z])",
+    rf"{X}{X}+(?:\.{X}+)*\.(?:com|net|org|edu)(?:/[^ \0\"<>|()]*[^ \0\"<>|().?!,:;-])?(?!-)",
+    r"(?:[Oo]l|[dljDLJ]|[Dd]unkin|[Ss]omethin)'",
+    r"([Yy]')(?=[a-z])",
+    rf"[A-HJ-XZdlno]'{L}{{2,}}|[Oo]'o",
+    rf"{L}+[aeiouy]'[aeiouA-Z]{L}*",
+    r"[Cc]ap'n|[Cc]'mon|[Ee]'er|[Ee]v'ry|[Ll]i'l|[Nn]at'l|[Nn]or'easter|[Ss]'mores|[Cc]ont'd\.",
 ]
 _APOSTROPHE_RULES = [
-    r"('(?:[msdMSD]|re|ve|ll|RE|VE|LL))(?![A-Za-zé])",
-    r"'(?:em|Em|EM|cause|till?|n'?|N'?)(?![A-Z])",
+    r"'(?i:[msd]|re|ve|ll)(?![A-Za-z])",
+    r"'(?:[Ee][Mm]|[Cc]ause|[Tt]ill?|[Nn]'|[Nn](?![A-Za-zé]))",
     r"('[Tt])([Ii][Ss]|[Ww][Aa][Ss])",
-    r"'\d\ds?(?!\d)",
-    r"'_'",
+    r"'\d\d(?= |$)|'[2-9]0s",
+    r"'_'|''",
+]
+_CURLY_RULES = [  # the same with a curly one
+    r"'(?i:[msd]|re|ve|ll)(?![A-Za-z])",
+    r"'(?:[Ee][Mm]|[Cc]ause|[Tt]ill?|[Nn]'?)",
+    r"'\d\d(?= |$)|'[2-9]0s",
 ]
 _NUMBER = r"[+-]?\d*(?:[.:,]\d+)+|[+-]\d+"
-_SMILEYS = r"[<>]?[:;=][-o*']?[()DPdp\\{@|\[\]](?![A-Za-z])|[-^x=~<>']_[-^x=~<>']"
+_SMILEYS = r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]](?![A-Za-z0-9])|[-^x=~<>']_[-^x=~<>']|\([-^x=~<>']_?[-^x=~<>']\)"
 _OTHER_RULES = [
     _NUMBER,
     _SMILEYS,
     r"#[A-Za-zé]+",
-    r"@[A-Za-z_][A-Za-z_]*",
+    r"@[A-Za-z_][A-Za-z_0-9]*",
     r"[!?]+",
+    r"\\\*|\*\*",
     r"#+",
     r"@+",
     r"_+",
     r"-{5,}",
     r"-+",
     r"\((?:\d{2,3})\) ?\d{3,4}[- ]?\d{3,5}",
-    r"&(?:amp|lt|gt|quot|apos|nbsp);",
-    r"&#\d+;|&#x[0-9A-Fa-f]+;",
+    r"&(?i:amp|lt|gt|quot|apos|nbsp|[mn]dash);",
+    r"&#\d+;|&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq);",
     r"<[!?][A-Za-z-][^>]*>",
     r"</?[A-Za-z][\w:.-]*(?: +[A-Za-z][\w:.-]*(?: *= *(?:'[^']*'|\"[^\"]*\"))?)* */? *>",
+    rf"<{_EMAIL}>?",
     r"<<|>>",
     r".",
 ]
-_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "", "&apos;": "", "&nbsp;": ""}
+_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "", "&apos;": "", "&nbsp;": "", "&mdash;": "", "&ndash;": ""}
 
 _SPLIT = {
     "cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"), "wanna": ("wan", "na"),
@@ -87,7 +100,6 @@ _SPLIT = {
 }  # fmt: skip
 # Most of a caption: a word of plain letters, with nothing after it that another rule could take in.
 _PLAIN = re.compile(r"([A-Za-z]+)(?= |$|, |,$)")
-_LAST_PLAIN = re.compile(r"([A-Za-z]{2,})(?=\. *$)")
 _ABBREVIATION = re.compile(r"([A-Za-z]+)\.")
 _BEFORE_NUMBER = re.compile(r" ?\d")
 _LETTERS = re.compile(r"[A-Za-zé0-9]")
@@ -100,6 +112,7 @@ class Ptb:
         self._classes = tables.Classes()
         self._alnum = [re.compile(rule) for rule in _ALNUM_RULES]
         self._apostrophe = [re.compile(rule) for rule in [*_APOSTROPHE_RULES, *_OTHER_RULES]]
+        self._curly = [re.compile(rule) for rule in [*_CURLY_RULES, *_OTHER_RULES]]
         self._other = [re.compile(rule) for rule in _OTHER_RULES]
 
     def __call__(self, text: str) -> str:
@@ -131,7 +144,7 @@ class Ptb:
         if _LETTERS.match(char):
             rules = self._alnum
         elif char == "'":
-            rules = self._apostrophe
+            rules = self._apostrophe if text[at] == "'" else self._curly
         else:
             rules = self._other
         length, stop = 0, at + 1
@@ -148,11 +161,23 @@ class Ptb:
                 length, stop = abbreviation.end() - at, abbreviation.end()
             elif ahead > length and abbreviation[1].lower() in tables.ABBREVIATIONS_NUMBERED:
                 length, stop = ahead, abbreviation.end()
+        if length < 2 and text[at] in _QUOTES:
+            return self._quotes(text, at, found)
         token = text[at:stop]
         if token in tables.WRITTEN:
             found.append(tables.WRITTEN[token])
         else:
             self._add(token, found)
+        return stop
+
+    def _quotes(self, text: str, at: int, found: list[str]) -> int:
+        """Two curly quotes side by side are one token, which the list of punctuation may not know."""
+        stop = at
+        while stop < min(at + 2, len(text)) and text[stop] in _QUOTES:
+            stop += 1
+        token = "".join(_QUOTES[char] for char in text[at:stop])
+        if token not in PUNCTUATION:
+            found.append(token)
         return stop
 
     def _add(self, token: str, found: list[str]) -> None:
@@ -164,14 +189,19 @@ class Ptb:
             lower = _ENTITIES[lower]
         elif "(" in lower or ")" in lower:  # smileys and telephone numbers
             lower = lower.replace("(", "-lrb-").replace(")", "-rrb-")
-        if token[0] in "'’" and len(token) == 2 or lower in ("n’t",) or token[:1] == "’" and lower[1:] in ("re", "ve", "ll"):
-            lower = lower.replace("’", "'")
+        if lower in _CONTRACTIONS:
+            lower = _CONTRACTIONS[lower]
         lower = lower.replace(" ", "\xa0").replace("&amp;", "&")
-        if lower and lower not in PUNCTUATION and not (set(lower) <= {"-"} and len(lower) < 5) and lower not in _DROPPED:
+        if lower and lower not in PUNCTUATION and lower not in _DROPPED:
             found.append(lower)
 
 
-_DROPPED = frozenset('"‐‑֊’\x92')
+_QUOTES = {"“": "``", "”": "''", "‘": "`", "’": "'", "`": "`", "\x91": "`", "\x92": "'", "\x93": "``", "\x94": "''"}
+_CONTRACTIONS = {f"{a}{c}": f"'{c}" for a in "’\x92" for c in ("s", "d", "m", "re", "ve", "ll")} | {
+    "n’t": "n't",
+    "n\x92t": "n't",
+}
+_DROPPED = frozenset(['"', "‐", "‑", "֊", "---", "----"])
 
 
 def _abbreviates(word: str) -> bool:

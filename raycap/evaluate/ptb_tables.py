@@ -38,11 +38,11 @@ _LATE = (
 """Letters younger than the tokeniser: it drops them."""
 
 ABBREVIATIONS = frozenset(
-    "adj adm adv al ala alex apr ariz assn asst atty aug ave bhd bldg blvd brig bros capt cf cie cmdr co col colo conn "
+    "adj adm adv al ala alex apr ariz assn assoc asst attys atty aug ave bhd bldg blvd brig bros calif capt cf cie cmdr co col comdr colo conn "
     "corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb fla fri ft ga gen gov govs hon inc ind insp "
-    "intl invt jan jos jr jul jun kan kans ky lt ltd maj mar md messrs mich minn mlle mme mo mon mont mr mrs ms msgr mt "
-    "natl neb nev nov oct okla penn pfc ph plc pres prof pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr "
-    "st ste supt sys tel tenn thu tue tues univ va vs vt wed wis wisc wm wyo".split()
+    "intl invt jan jos jr jul jun kan kans ky lieut lt ltd maj mar md messrs mich minn mlle mme mo mon mont mr mrs ms msgr mt "
+    "natl neb nev nov oct okla penn pfc ph plc pres prof profs pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr "
+    "st ste supt supts sys tel tenn thu thurs treas tue tues univ va vs vt wed wis wisc wm wyo".split()
 )
 """Keep their full stop, in any case of letters."""
 ABBREVIATIONS_NOT_UPPER = frozenset("mfg mtg ppte ppty pte ptes pty ptys".split())
@@ -55,9 +55,9 @@ LETTER, ALONE, GONE = "é", "§", "\0"
 """How other characters look to the rules: part of a word, a token of its own, or nothing but an end of tokens."""
 
 _AS = {
-    "\xa0": " ", "֊": "-", "‐": "-", "‑": "-", "’": "'", "\x92": "'",
+    "\xa0": " ", "֊": "-", "‐": "-", "‑": "-", "’": "'", "\x92": "'", "‘": "“", "“": "“", "”": "“", "\x91": "“", "\x93": "“", "\x94": "“",
     "\x80": ALONE, "¤": ALONE, "₠": ALONE, "€": ALONE, "£": ALONE, "¢": ALONE,
-    "¼": ALONE, "½": ALONE, "¾": ALONE, "⅓": ALONE, "⅔": ALONE,
+    "¼": ALONE, "½": ALONE, "¾": ALONE, "⅓": ALONE, "⅔": ALONE, "⁄": "⁄",
 }  # fmt: skip
 WRITTEN = {
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",

@@ -15,6 +15,7 @@ from torch import nn
 
 from raycap.config import DecodeSettings
 from raycap.errors import ConfigError, did_you_mean
+from raycap.files import sha256_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +52,12 @@ class Family(ABC):
 
         return AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
 
+    def fingerprint(self, processor: Any) -> str:
+        """Hash of what pixels and token ids depend on: the processor's settings and the tokeniser's content."""
+        backend = getattr(processor.tokenizer, "backend_tokenizer", None)
+        tokeniser = backend.to_str() if backend is not None else processor.tokenizer.get_vocab()
+        return sha256_json({"processor": processor.to_dict(), "tokeniser": tokeniser})
+
     def lora_targets(self, model: nn.Module, scope: str, names: Sequence[str]) -> list[str]:
         """Full paths of the linear modules inside `scope` whose last name is one of `names`."""
         prefixes = self.scope_prefixes(scope)
@@ -75,3 +82,17 @@ def targets_among(paths: Sequence[str], names: Sequence[str]) -> list[str]:
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
+
+
+def head_at_labels(
+    head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The head at those positions alone whose next token has a label: with a large vocabulary its logits are most of
+    a step's memory, and prompts, padding and images need none.
+
+    hidden [B, T, D], labels [B, T]. Returns logits [M, V], their labels [M], and the row of each [M].
+    """
+    following = labels[:, 1:]
+    rows, places = torch.nonzero(following != -100, as_tuple=True)
+    picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows * hidden.shape[1] + places)
+    return head(picked), following[rows, places], rows

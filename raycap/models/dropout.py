@@ -42,7 +42,7 @@ class Keys:
 
 
 class KeyedDropout(nn.Module):
-    """Dropout of slot-major rows [K*b, ..., D]; `p` may differ between slots."""
+    """The base's own dropout on slot-major rows [K*b, ..., D], the same share for all slots."""
 
     def __init__(self, name: str, keys: Keys, p: float = 0.0):
         super().__init__()
@@ -53,28 +53,29 @@ class KeyedDropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.keys.slot_keys is None or not self.training or self.p <= 0:
             return x
-        shares = torch.full((len(self.keys.slot_keys),), self.p, device=x.device)
-        return drop(x, self.key, self.keys, shares)
+        limits = drop_limits(torch.full((len(self.keys.slot_keys),), self.p))
+        return masked(x, self.key, self.keys, limits) * (1 / (1 - self.p))
 
 
-def drop(x: torch.Tensor, key: int, keys: Keys, shares: torch.Tensor) -> torch.Tensor:
-    """x [K*b, ..., D] with each element zeroed with its slot's probability, and the rest scaled by 1 / (1 - p)."""
+def drop_limits(shares: torch.Tensor) -> torch.Tensor:
+    """[K] shares to drop as the int32 below which a mask's bits mean zero."""
+    return (shares.double() * 2**32 - 2**31).clamp(-(2**31), 2**31 - 1).to(torch.int32)
+
+
+def masked(x: torch.Tensor, key: int, keys: Keys, limits: torch.Tensor) -> torch.Tensor:
+    """x [K*b, ..., D] with each element zeroed with its slot's probability; the rest is not scaled here."""
     slots = len(keys.slot_keys)
-    rows = x.shape[0] // slots
-    middle = x.shape[1:-1].numel()
-    device = x.device
+    rows, middle, device = x.shape[0] // slots, x.shape[1:-1].numel(), x.device
     row = torch.arange(keys.first_row, keys.first_row + rows, device=device)
     place = torch.arange(middle, device=device)
     seeds = mix(keys.slot_keys.to(device) ^ key)
-    lines = mix(mix(seeds[:, None] ^ mix(row)[None])[:, :, None] ^ mix(place + 0x9E3779B9 & _MASK)[None, None]) | 1
+    lines = mix(mix(seeds[:, None] ^ mix(row))[:, :, None] ^ mix(place + 0x9E3779B9 & _MASK)) | 1
     columns = mix(torch.arange(x.shape[-1], device=device) + key & _MASK) | 1
     bits = _wrap(lines)[..., None] * _wrap(columns)
-    limit = (shares.double() * 2**32 - 2**31).clamp(-(2**31), 2**31 - 1).to(torch.int32)
-    keep = (bits >= limit[:, None, None, None]).view(slots, rows, *x.shape[1:])
-    factor = (1 / (1 - shares)).to(x.dtype).view(slots, *[1] * x.dim())
-    return (x.view(slots, rows, *x.shape[1:]) * keep * factor).view(x.shape)
+    zero = bits < limits.to(device)[:, None, None, None]
+    return x.masked_fill(zero.view(x.shape), 0.0)
 
 
 def _wrap(values: torch.Tensor) -> torch.Tensor:
-    """Unsigned 32-bit values in int64 as int32 that wraps."""
+    """Unsigned 32-bit values in int64 as int32; products of those wrap, which is what the hash wants."""
     return torch.where(values >= 2**31, values - 2**32, values).to(torch.int32)

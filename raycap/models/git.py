@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from raycap.config import DecodeSettings
-from raycap.models.base import CaptionModel, Family
+from raycap.models.base import Family, head_at_labels
 
 
 class Git(Family):
@@ -79,14 +79,12 @@ class Git(Family):
         dtype = next(tower.parameters()).dtype
         return tower(pixel_values.to(cm.device, dtype)).last_hidden_state
 
-    def forward_logits(self, cm, batch, *, pixel_values=None, features=None):
-        """Logits [B, T - 1, V] and the labels [B, T - 1] that they predict."""
+    def label_logits(self, cm, batch, *, pixel_values=None, features=None):
         images = features[:, None] if features is not None else pixel_values
-        logits = cm.model(
+        hidden = cm.model.git(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=images, use_cache=False
-        ).logits
-        text = logits[:, -batch["input_ids"].shape[1] :]
-        return text[:, :-1], batch["labels"][:, 1:]
+        ).last_hidden_state
+        return head_at_labels(cm.model.output, hidden[:, -batch["input_ids"].shape[1] :], batch["labels"])
 
     @torch.no_grad()
     def generate(self, cm, images: torch.Tensor, decode: DecodeSettings) -> list[str]:

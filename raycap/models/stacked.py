@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from raycap.models.dropout import Keys, drop
+from raycap.models.dropout import Keys, drop_limits, masked
 from raycap.trial import TrialSpec
 
 
@@ -37,8 +37,9 @@ class StackedLora(nn.Module):
         self.key = zlib.crc32(f"lora {name}".encode())
         self.down: torch.Tensor | None = None  # [K, R, I]
         self.up: torch.Tensor | None = None  # [K, O, R]
-        self.scale: torch.Tensor | None = None  # [K]
-        self.shares: torch.Tensor | None = None  # [K], None without dropout
+        self.scale: torch.Tensor | None = None  # [K, 1, 1]
+        self.scale_kept: torch.Tensor | None = None  # [K, 1, 1], scale / (1 - dropout)
+        self.limits: torch.Tensor | None = None  # [K], None without dropout
         self.base_calls = 0
 
     @property
@@ -59,9 +60,11 @@ class StackedLora(nn.Module):
         if self.down is None:
             return out
         slots = self.down.shape[0]
-        shares = self.shares if self.training and self.keys.slot_keys is not None else None
-        inner = drop(x, self.key, self.keys, shares) if shares is not None else x
-        down, up = self.down.to(x.dtype), (self.up * self.scale[:, None, None]).to(x.dtype)
+        inner, scale = x, self.scale
+        if self.limits is not None and self.training and self.keys.slot_keys is not None:
+            # What is left is scaled by 1 / (1 - p) through the small matrix, not element by element.
+            inner, scale = masked(x, self.key, self.keys, self.limits), self.scale_kept
+        down, up = self.down.to(x.dtype), (self.up * scale).to(x.dtype)
         if slots == 1:  # the plain path: two matrix products, as peft does it
             update = nn.functional.linear(nn.functional.linear(inner, down[0]), up[0])
             return out + update.to(out.dtype)
@@ -130,13 +133,14 @@ class Stacks:
         for name, site in self.sites.items():
             on = torch.tensor([name in t for t in targets], device=self.device)
             if not specs or not bool(on.any()):
-                site.down = site.up = site.scale = site.shares = None
+                site.down = site.up = site.scale = site.scale_kept = site.limits = None
                 continue
             begin, middle, end = places[name]
             site.down = self._leaf(begin, middle, self.rank, site.in_features)
             site.up = self._leaf(middle, end, site.out_features, self.rank)
-            site.scale = torch.where(on, scale, 0.0)
-            site.shares = shares if bool((shares > 0).any()) else None
+            site.scale = torch.where(on, scale, 0.0)[:, None, None]
+            site.scale_kept = site.scale / (1 - shares)[:, None, None]
+            site.limits = drop_limits(shares) if bool((shares > 0).any()) else None
         return whole[1:]
 
     def _leaf(self, begin: int, end: int, rows: int, columns: int) -> torch.Tensor:

@@ -50,7 +50,7 @@ def choose_run_dir(config: Config, *, root: Path | str = "results", claim: bool 
         folder = Path(config.run.dir).expanduser()
         _refuse_taken(folder)
         if claim:
-            _make(folder)
+            _make(folder)  # or an empty one that was there: its lock decides between two runs
         return folder
     name = config.run.name or "run"
     number = 1
@@ -80,6 +80,9 @@ class Ledger:
         """Open a new run's folder (`choose_run_dir` unless given) and write its config.yaml."""
         folder = Path(folder) if folder is not None else choose_run_dir(config)
         lock = _hold(folder)
+        if (folder / RUN_JSON).exists():
+            lock.release()
+            _refuse_taken(folder)
         write_atomic(folder / CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
         return cls(folder, config, command, lock)
 
@@ -285,14 +288,15 @@ def _status(folder: Path) -> str:
 
 
 def _make(folder: Path) -> bool:
-    """Make the folder; False when somebody else just did. An empty one that was there before is as good as new."""
+    """Make the folder; False when it is there already, so that of two runs one alone gets it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.is_dir() and not any(folder.iterdir()):
-            return True
-        folder.mkdir()
-    except FileExistsError:
-        return False
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+            return False
     except OSError as error:
         raise RunError(
             f"cannot make the run folder {folder}: {error.strerror}. Choose another with run.dir=..."

@@ -53,6 +53,7 @@ class Progress:
         self._last_line = -LINE_EVERY_S
         self._lock = threading.RLock()
         self._live: Any = None
+        self.ended = False
         self.plain = plain or not _is_terminal(self.stream)
         if not self.plain:
             self._start()
@@ -111,8 +112,8 @@ class Progress:
             self._close_phase()
             if self._live is not None:
                 live, self._live = self._live, None
-                live.update(draw(self, live.console, final=True), refresh=True)
-                live.stop()
+                self.ended = True
+                live.stop()  # draws once more
                 self.plain = True
             if message:
                 self._write(message)
@@ -138,7 +139,7 @@ class Progress:
         console = Console(file=self.stream)
         self._live = Live(
             console=console,
-            get_renderable=lambda: draw(self, console),
+            get_renderable=lambda: draw(self, console, final=self.ended),
             refresh_per_second=REFRESH_PER_S,
             redirect_stdout=False,  # results on stdout are not this display's to move
             redirect_stderr=self.stream is sys.stderr,

@@ -25,6 +25,8 @@ _ASCII = str.maketrans("·●✓■✗○━─±★–", ".*v-xo=-~*-")
 _BAR = 10
 _AROUND_TABLE = 9
 """Lines of the display that are no rows of trials."""
+_KEPT = 24
+"""Trials that stay on the screen at the end, whatever its height."""
 _WIDE = 92
 """Columns from which a terminal has room for the bar and the reason."""
 
@@ -107,7 +109,7 @@ def draw(progress: Progress, console: Console, *, final: bool = False) -> Render
     trials = progress.snapshot.get("trials", [])
     if trials:
         room = max(3, (console.height or 25) - _AROUND_TABLE)
-        parts += [Text(), _table(progress, len(trials) if final else room, console.width, ascii_only)]
+        parts += [Text(), _table(progress, max(room, _KEPT) if final else room, console.width, ascii_only)]
     if not final and (status := _status(progress, console.width)):
         parts += [Text(), status]
     elif final and trials:

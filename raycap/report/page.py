@@ -73,7 +73,7 @@ vertical-align:middle;overflow:hidden}
 .figures.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr))}
 figure{margin:0;min-width:0}
 figcaption{font-size:.9rem;font-weight:600;margin-bottom:2px}
-figure svg{display:block;width:100%;height:auto;max-width:520px;overflow:visible}
+figure svg{display:block;width:100%;height:auto;max-width:490px;overflow:visible}
 figure svg text{font-family:inherit!important}
 figure .trial:hover path{stroke-width:3!important}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:.85rem;color:var(--muted);margin:0 0 14px;

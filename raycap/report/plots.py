@@ -21,7 +21,7 @@ THEME = {
     FINISHED: "var(--finished)", STOPPED: "var(--stopped)", BAD: "var(--bad)",
 }  # fmt: skip
 """Colour in the file -> colour on the page."""
-CURVE_IN, EFFECT_IN = (5.2, 2.8), (2.9, 2.4)
+CURVE_IN, EFFECT_IN = (4.5, 2.6), (2.9, 2.4)
 MANY = 40
 """Trials from which lines and dots get thinner."""
 SETTINGS = {"lr": "learning rate", "rank": "rank", "scale": "scale (alpha / rank)", "dropout": "dropout"}

@@ -34,16 +34,19 @@ def scores(data: ReportData) -> str:
     for split in splits:
         variants = sorted(data.metrics[split], key=variant_order)
         known = {m for v in variants for m in data.metrics[split][v]}
-        names = [m for m in METRIC_NAMES if m in known] + sorted(known - set(METRIC_NAMES))
+        names = [m for m in METRIC_NAMES if m in known and m != "cider"] + sorted(known - set(METRIC_NAMES))
         verdicts = {v["variant"]: v for v in data.verdicts if _against_start(v, split)}
         top = max((score_of(data, split, v, "cider") or 0.0 for v in variants), default=0.0)
-        head = "".join(f"<th>{escape(METRIC_NAMES.get(m, m))}</th>" for m in names)
-        head = f'<th class="l">variant</th>{head}{"<th>against zero-shot</th>" if verdicts else ""}'
+        # CIDEr first: it picks the winner, and on a phone it is what fits beside the name.
+        head = '<th class="l">variant</th>' + ("<th>CIDEr</th>" if "cider" in known else "")
+        head += "<th>against zero-shot</th>" if verdicts else ""
+        head += "".join(f"<th>{escape(METRIC_NAMES.get(m, m))}</th>" for m in names)
         rows = []
         for variant in variants:
-            cells = "".join(_score_cell(data.metrics[split][variant].get(m), m, top) for m in names)
-            if verdicts:
-                cells += f"<td>{_interval(verdicts.get(variant))}</td>"
+            found = data.metrics[split][variant]
+            cells = _score_cell(found.get("cider"), "cider", top) if "cider" in known else ""
+            cells += f"<td>{_interval(verdicts.get(variant))}</td>" if verdicts else ""
+            cells += "".join(_score_cell(found.get(m), m, top) for m in names)
             mark = ' class="win"' if variant == top_score(data)[0] and split == "test" else ""
             rows.append(f"<tr{mark}>{_named(variant, VARIANT_NOTES.get(variant, ''))}{cells}</tr>")
         images = next((v["images"] for v in verdicts.values() if v.get("images")), None)
@@ -107,15 +110,8 @@ def trials(data: ReportData) -> str:
     ordered = sorted(data.trials, key=lambda t: -(t["cider"] if _finite(t.get("cider")) else -1.0))
     top = max((t["cider"] for t in ordered if _finite(t.get("cider"))), default=0.0)
     columns = (
-        *(
-            ("trial", "l", ""),
-            ("state", "l", ""),
-            ("rank", "", ""),
-            ("alpha", "", ""),
-            ("scale", "", ""),
-            ("lr", "", ""),
-        ),
-        *(("dropout", "", ""), ("steps", "", "descending"), ("val loss", "", ""), ("CIDEr", "", "descending")),
+        *(("trial", "l", ""), ("state", "l", ""), ("CIDEr", "", "descending"), ("rank", "", ""), ("alpha", "", "")),
+        *(("scale", "", ""), ("lr", "", ""), ("dropout", "", ""), ("steps", "", "descending"), ("val loss", "", "")),
         *(("time", "", "descending"), ("note", "l", "")),
     )
     head = ""
@@ -155,9 +151,10 @@ def _trial_row(data: ReportData, t: Mapping[str, Any], top: float) -> str:
     row = ' class="win"' if best else ' class="dim"' if t["state"] == "stopped" else ""
     return (
         f'<tr{row}><th scope="row">{escape(t["trial_id"])}</th><td class="l">{pill}</td>'
-        + _cell(t["rank"], str(t["rank"])) + _cell(t["alpha"], f"{t['alpha']:g}") + _cell(t["scale"], f"{t['scale']:g}")
+       
+        + _cell(t.get("cider"), cider) + _cell(t["rank"], str(t["rank"])) + _cell(t["alpha"], f"{t['alpha']:g}") + _cell(t["scale"], f"{t['scale']:g}")
         + _cell(t["lr"], sci(t["lr"])) + _cell(t["dropout"], f"{t['dropout']:g}") + _cell(t["steps"], f"{t['steps']:,}")
-        + _cell(t.get("val_loss"), number(t.get("val_loss"))) + _cell(t.get("cider"), cider)
+        + _cell(t.get("val_loss"), number(t.get("val_loss")))
         + _cell(t.get("seconds"), duration(t.get("seconds"))) + f'<td class="l note">{" ".join(notes)}</td></tr>'
     )  # fmt: skip
 

@@ -164,8 +164,7 @@ class PackEngine:
         for piece in range(pieces):
             part = np.concatenate([r[piece * width : (piece + 1) * width] for r in rows])
             self.keys.set(seeds, steps, piece * width)
-            logits, labels = self._forward(train, part)
-            loss = slot_loss(logits, labels, tokens)
+            loss = slot_loss(*self._forward(train, part), tokens, width)
             loss.sum().backward()
             losses += loss.detach()
         self.keys.clear()
@@ -182,11 +181,11 @@ class PackEngine:
             found[trial_id] = StepResult(self.slots[trial_id].step, loss, size, lrs[k], bool(ok))
         return found
 
-    def _forward(self, store: Store, pairs: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, store: Store, pairs: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         cm = self.cm
         ids = store.tokens(pairs)
         batch = collate(ids, store.prompt_lens(pairs), cm.processor.tokenizer.pad_token_id, self.device)
-        return cm.family.forward_logits(cm, batch, **self._images(store, pairs[:, 0]))
+        return cm.family.label_logits(cm, batch, **self._images(store, pairs[:, 0]))
 
     def _images(self, store: Store, rows: np.ndarray) -> dict[str, torch.Tensor]:
         if self.frozen_tower:
@@ -241,8 +240,8 @@ class PackEngine:
         width = max(1, self.config.decode.batch)
         for begin in range(0, len(pairs), width):
             part = pairs[begin : begin + width]
-            logits, labels = self._forward(store, np.tile(part, (slots, 1)))
-            totals += slot_loss(logits, labels, torch.ones(slots, device=self.device))
+            found = self._forward(store, np.tile(part, (slots, 1)))
+            totals += slot_loss(*found, torch.ones(slots, device=self.device), len(part))
             count += int((store.token_lens(part) - store.prompt_lens(part)).sum())
         return (totals / max(count, 1)).tolist()
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from raycap.cluster import usable_cores
 from raycap.config import Config, from_dict
 from raycap.errors import ModelError, RaycapError
 from raycap.files import read_json, sha256_file, write_json
@@ -26,6 +27,8 @@ from raycap.train.pack import Pack
 ENGINE = "raycap.train.worker:build_engine"
 """Where a job says what builds its engine: module:attribute, or file.py:attribute."""
 META = "pack.json"
+WATCH_S = 3.0
+"""Time between a worker's questions whether its pack is still its own."""
 
 
 def pack_loop(job: dict[str, Any]) -> None:
@@ -46,9 +49,11 @@ def pack_loop(job: dict[str, Any]) -> None:
         try:
             build = load_attribute(job.get("engine") or ENGINE)
             engine, checkpoints, feed = build(config, job, log)
+            link = BoardLink(board, name)
+            threading.Thread(target=link.watch, args=(log,), daemon=True).start()
             pack = Pack(
                 engine,
-                BoardLink(board, name),
+                link,
                 TrainKeeper(run_dir / "checkpoints" / "train" / name, checkpoints, log),
                 rungs=job["rungs"],
                 select_by=config.train.select_by,
@@ -81,6 +86,26 @@ class BoardLink:
         import ray
 
         return ray.get(self.board.exchange.remote(self.pack, self.nonce, report, wait_s))
+
+    def watch(self, log: Callable[[str], None]) -> None:
+        """End this process when its pack has another worker or its board is gone, whatever the main thread waits for.
+
+        A worker can outlive its controller, and would keep the CPU or GPU that its successor waits for.
+        """
+        import ray
+
+        while True:
+            time.sleep(WATCH_S)
+            try:
+                alive = ray.get(self.board.alive.remote(self.pack, self.nonce), timeout=60)
+            except ray.exceptions.GetTimeoutError:
+                continue
+            except ray.exceptions.RayError as error:
+                log(f"the board is gone ({type(error).__name__}): leaving")
+                os._exit(1)
+            if not alive:
+                log("another worker takes this pack's place: leaving")
+                os._exit(1)
 
     def goodbye(self) -> None:
         import ray
@@ -188,4 +213,65 @@ def _raycap_error(error: BaseException) -> RaycapError | None:
 
 
 def build_engine(config: Config, job: dict[str, Any], log: Callable[[str], None]) -> tuple[Any, Any, Any]:
-    raise NotImplementedError
+    """(engine, its checkpoints, feed): the base loaded here, rows arriving from Ray Data while it loads and trains."""
+    import torch
+
+    from raycap.data.parquet import open_shards
+    from raycap.models import load_model
+    from raycap.train import checkpoint
+    from raycap.train.engine import PackEngine
+
+    # Ray sets one thread for a worker of one CPU; the packs of a machine share all of its cores.
+    torch.set_num_threads(max(1, usable_cores() // job["packs"]))
+    shards = open_shards(job["shards"])
+    feed = Feed(config, shards, log)
+    began = time.monotonic()
+    cm = load_model(config.model, config.data)
+    log(
+        f"base {config.model.path}: {cm.quantisation}, computes in {cm.compute_dtype}, {time.monotonic() - began:.1f} s"
+    )
+    return PackEngine(cm, feed.stores, config, config.tune.slots), checkpoint, feed
+
+
+class Feed:
+    """Fills this worker's stores from its Ray Data streams, in a thread of its own; `error` is what stopped it."""
+
+    def __init__(self, config: Config, shards: Any, log: Callable[[str], None]):
+        from raycap.data.store import Store
+        from raycap.models import load_family, resolve_path
+
+        family = load_family(config.model.family)
+        processor = family.load_processor(resolve_path(config.model.path))
+        self.error: BaseException | None = None
+        self.log = log
+        self.stores = {
+            split: Store.for_shards(
+                shards,
+                split,
+                config.cache_dir,
+                family.image_size(processor),
+                config.data.max_text_tokens,
+                family=config.model.family,
+                processor=family.fingerprint(processor),
+                prompt=config.data.prompt,
+            )
+            for split in ("train", "val")
+        }
+        threading.Thread(target=self._fill, name="feed", daemon=True).start()
+
+    def _fill(self) -> None:
+        import ray.train
+
+        from raycap.data.stream import fill
+
+        try:
+            for split, store in self.stores.items():
+                began = time.monotonic()
+                how = "fills" if store.owner else "finds" if store.complete else "follows"
+                fill(store, ray.train.get_dataset_shard(split))
+                self.log(f"{how} the store of {split}: {store.count} images, {time.monotonic() - began:.1f} s")
+        except BaseException as error:  # raised in the loop's thread, which meets it when it waits for a row
+            self.error = error
+            self.log(f"the stream stopped: {error}")
+            for store in self.stores.values():
+                store.close()

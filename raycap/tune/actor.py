@@ -72,6 +72,13 @@ class BoardActor:
         self.board.goodbye(pack, nonce)
         self._wake()
 
+    async def alive(self, pack: str, nonce: str) -> bool:
+        return self.board.alive(pack, nonce)
+
+    async def evict(self, pack: str) -> None:
+        self.board.evict(pack)
+        self._wake()
+
     async def fail(self, kind: str, message: str) -> None:
         self.board.fail(kind, message)
         self._wake()

@@ -95,10 +95,14 @@ class Board:
         seat.client, seat.seen = client, self.clock()
 
     def next_event(self, trial_id: str, client: str, after: int) -> dict[str, Any] | None:
-        """Event number `after` of a trial, or None while there is none; also the client's sign of life."""
+        """Event number `after` of a trial, or None while there is none; also the client's sign of life.
+
+        `lost` tells a client to lease again: its lease lapsed, another client took it, or the board began anew.
+        """
         seat = self.seats[trial_id]
-        if seat.client == client:
-            seat.seen = self.clock()
+        if seat.client != client:
+            return {"kind": "lost"}
+        seat.seen = self.clock()
         if after < len(seat.events):
             return seat.events[after]
         if seat.record.ended:
@@ -185,6 +189,16 @@ class Board:
             "stop": self.stopping or self.error is not None,
             "done": done,
         }
+
+    def alive(self, pack: str, nonce: str) -> bool:
+        """Whether this life of a pack is still the one that counts (or the board does not know yet)."""
+        me = self.packs.get(pack)
+        return me is None or me.nonce == nonce
+
+    def evict(self, pack: str) -> None:
+        """The pack's controller died: its worker, should it live on, shall leave, and another one will come."""
+        if me := self.packs.get(pack):
+            me.nonce = ""
 
     def goodbye(self, pack: str, nonce: str) -> None:
         """A pack returned on its own: all done, or asked to stop and checkpointed."""

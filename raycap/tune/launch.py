@@ -96,6 +96,8 @@ def pack_worker(job: dict[str, Any], resources: dict[str, float], datasets: Call
             except ray.exceptions.RayActorError:
                 if attempt == retries:
                     raise
+                board = ray.get_actor(job["board"], namespace=job["namespace"])
+                ray.get(board.evict.remote(name))
 
     return Worker(name, work)
 

@@ -28,6 +28,10 @@ def trial_client(config: dict[str, Any]) -> None:
             event = ray.get(board.next_event.remote(trial, me, seen, POLL_S))
             if event is None:
                 continue
+            if event["kind"] == "lost":
+                ray.get(board.lease.remote(trial, me))
+                seen = 0  # rungs that were judged keep their verdict, so saying them again is harmless
+                continue
             if event["kind"] in ("end", "interrupted"):
                 return
             seen += 1

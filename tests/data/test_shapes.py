@@ -64,6 +64,15 @@ def test_objects_do_not_overlap_and_stand_as_the_relation_says():
             assert first[0].y < second[0].y < third[0].y
 
 
+@pytest.mark.parametrize(("palette", "at_once"), [(PLAIN, 2), (DEMO, 3)])
+def test_any_colours_that_meet_have_a_background_to_stand_out_from(palette, at_once):
+    for colours in itertools.combinations([rgb for rgb, _ in palette.colours.values()], at_once):
+        assert any(
+            all(np.linalg.norm(np.subtract(ground, rgb)) >= 95 for rgb in colours)
+            for ground, _ in palette.backgrounds.values()
+        )
+
+
 def test_five_different_captions_and_one_plain_one():
     for scene in generate(300, seed=5):
         assert len(set(scene.captions)) == 5

@@ -72,6 +72,11 @@ def test_every_word_of_the_scenes_is_one_token(processor):
         assert len(processor.tokenizer(word)["input_ids"]) == 3, word
 
 
+def test_the_tokeniser_is_what_the_builder_makes(processor):
+    captions = [c for style in ("plain", "demo") for s in generate(2000, seed=1, style=style) for c in s.captions]
+    assert build_tokenizer(captions).get_vocab() == processor.tokenizer.get_vocab()
+
+
 @pytest.mark.parametrize("name", ["flickr8k", "ucm_captions"])
 def test_captions_of_photographs_take_few_tokens_and_no_unknown_one(processor, name):
     path = DATA / name / "captions.jsonl"

@@ -35,7 +35,7 @@ class Tune:
         self.random.shuffle(order)
         for trial in order:
             event = self.board.next_event(trial, f"client of {trial}", self.running[trial])
-            if event is None:
+            if event is None or event["kind"] == "lost":
                 continue
             self.running[trial] += 1
             if event["kind"] == "rung":

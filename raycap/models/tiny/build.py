@@ -26,7 +26,8 @@ def common_words() -> list[str]:
 def build_tokenizer(captions: Iterable[str], vocabulary: int = 2048) -> PreTrainedTokenizerFast:
     """Byte-level BPE over lower-cased text, so that no text has an unknown token.
 
-    Every word carries its leading space (`a` and ` a` are one token), which the decoder takes off the front again.
+    The words of `captions` become whole tokens; how often they occur does not matter. Every word carries its leading
+    space (`a` and ` a` are one token), which the decoder takes off the front again.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -37,7 +38,8 @@ def build_tokenizer(captions: Iterable[str], vocabulary: int = 2048) -> PreTrain
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(content=" ", left=1, right=0)])
     words = common_words()
     # Zipf's law stands in for a corpus: the n-th word is seen 20,000 / n times, so frequent words merge first.
-    corpus = [*captions, *(w for n, w in enumerate(words, start=1) for _ in range(max(20, math.ceil(20_000 / n))))]
+    corpus = [w for n, w in enumerate(words, start=1) for _ in range(max(20, math.ceil(20_000 / n)))]
+    corpus += sorted({w for caption in captions for w in caption.split()}) * 500
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=[PAD, BOS, EOS], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

@@ -1,0 +1,231 @@
+"""What each verb hands to the pipeline and prints of its answer; the pipeline itself is tested elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+import yaml
+
+from raycap.cli import main
+from raycap.cli.compare import holm
+from raycap.config import load_config
+from raycap.report.ledger import Ledger
+
+
+@pytest.fixture
+def pipeline(monkeypatch):
+    """Stands in for raycap.pipeline and notes its calls."""
+    calls = []
+    module = types.ModuleType("raycap.pipeline")
+
+    def note(name, answer):
+        def called(*arguments, **options):
+            calls.append((name, arguments, options))
+            return answer(*arguments, **options) if callable(answer) else answer
+
+        setattr(module, name, called)
+
+    module.note, module.calls = note, calls
+    monkeypatch.setitem(sys.modules, "raycap.pipeline", module)
+    import raycap
+
+    monkeypatch.setattr(raycap, "pipeline", module, raising=False)
+    return module
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A finished run with two variants' predictions on three pictures."""
+    return make_run(tmp_path / "run", {"a": "a red square", "b": "a blue circle", "c": "two green stars"})
+
+
+def make_run(folder, captions, status="finished", references=None):
+    config = load_config("shapes-git", [f"run.dir={folder}"])
+    references = references or {"a": ["a red square"], "b": ["a blue circle"], "c": ["two green stars"]}
+    with Ledger.create(config, command="raycap sweep shapes-git") as ledger:
+        for variant in ("zero-shot", "served"):
+            ledger.write_predictions("test", variant, captions, {i: references[i] for i in captions})
+            ledger.add_metrics("test", variant, {"cider": {"score": 1.25, "signature": "cider|test"}})
+        if status:
+            ledger.finish(status, best_trial="t03", sentence="The winner beats zero-shot.", data_sha256="x")
+    merged = folder / "best" / "merged"
+    merged.mkdir(parents=True)
+    (merged / "config.json").write_text("{}")
+    return folder
+
+
+def test_dry_run_prints_settings_and_trials_and_touches_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "shapes-git", "tune.trials=5", "--dry-run", "train.lr=1e-3"]) == 0
+    out = capsys.readouterr().out
+    settings, _, rest = out.partition("trial_id")
+    assert yaml.safe_load(settings)["train"]["lr"] == 1e-3
+    assert [f"t0{n}" in rest for n in range(5)] == [True] * 5
+    assert "predicted work" in rest and "predicted memory" in rest and "folder: results/shapes-git" in rest
+    assert not list(tmp_path.iterdir())
+
+    assert main(["sweep", "shapes-git", "tune.trials=5", "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["trials"]) == 5 and found["config"]["tune"]["trials"] == 5
+
+
+def test_sweep_calls_the_pipeline_and_prints_what_came_of_it(pipeline, run_folder, capsys):
+    pipeline.note("sweep", run_folder)
+    assert main(["sweep", "shapes-git", "train.steps=50", "--plain"]) == 0
+    ((_, (config,), options),) = pipeline.calls
+    assert config.train.steps == 50
+    assert options == {
+        "resume": False, "plain": True, "keep_serving": False,
+        "command": "raycap sweep shapes-git train.steps=50 --plain",
+    }  # fmt: skip
+    out = capsys.readouterr().out
+    for expected in ("finished", "CIDEr 1.250", str(run_folder), "The winner beats zero-shot."):
+        assert expected in out
+
+    assert main(["sweep", "shapes-git", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["test"]["served"]["cider"]["score"] == 1.25
+
+
+def test_resume_takes_the_runs_own_settings(pipeline, tmp_path, capsys):
+    folder = make_run(tmp_path / "cut", {"a": "x"}, status="")
+    pipeline.note("sweep", folder)
+    assert main(["sweep", "--resume", str(folder), "export.max_drop=0.2"]) == 1, "the made-up pipeline finished nothing"
+    ((_, (config,), options),) = pipeline.calls
+    assert (config.run.dir, config.export.max_drop, options["resume"]) == (str(folder), 0.2, True)
+    pipeline.calls.clear()
+
+    assert main(["sweep", "shapes-git", f"run.dir={folder}", "--resume"]) == 1
+    assert pipeline.calls[0][1][0] == load_config("shapes-git", [f"run.dir={folder}"])
+    capsys.readouterr()
+
+    assert main(["sweep", "--resume", str(folder), "train.lr=1"]) == 2
+    assert "would not be comparable" in capsys.readouterr().err
+    assert main(["sweep", "--resume", str(tmp_path)]) == 2
+    assert "no config.yaml" in capsys.readouterr().err
+    assert main(["sweep", str(folder)]) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_resuming_a_finished_run_says_so_and_runs_nothing(pipeline, run_folder, capsys):
+    assert main(["sweep", "--resume", str(run_folder)]) == 0
+    assert not pipeline.calls and "finished" in capsys.readouterr().out
+
+
+def test_train_is_a_pack_of_one_that_nobody_prunes(pipeline, run_folder):
+    pipeline.note("train", run_folder)
+    assert main(["train", "shapes-git", "lora.r=4"]) == 0
+    ((_, (config,), _),) = pipeline.calls
+    assert (config.tune.trials, config.tune.slots, config.tune.scheduler, config.tune.space) == (1, 1, "none", {})
+    assert config.lora.r == 4
+
+
+def test_prepare_takes_a_folder_or_a_preset(pipeline, tmp_path, capsys):
+    from raycap.data.shards import prepare
+
+    pipeline.note("prepare", lambda config, out, plain: prepare(config, out))
+    out = tmp_path / "shards"
+    assert main(["prepare", "shapes-git", "data.shapes_images=6,2,2", "--out", str(out)]) == 0
+    assert "10 rows kept, 0 rejected" in capsys.readouterr().out
+
+    source = tmp_path / "mine"
+    source.mkdir()
+    pipeline.note("prepare", lambda config, out, plain: None)
+    assert main(["prepare", str(source), "--out", str(out), "--json"]) == 0
+    config = pipeline.calls[-1][1][0]
+    assert (config.data.source, config.run.name) == (str(source), "mine")
+    assert json.loads(capsys.readouterr().out)["counts"] == {"train": 6, "val": 2, "test": 2}
+
+
+def test_caption_prints_a_line_a_picture(pipeline, run_folder, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("b.png", "a.JPG", "notes.txt"):
+        (pictures / name).write_bytes(b"")
+    pipeline.note("caption", lambda config, model, files: [f"caption of {f.name}" for f in files])
+    assert main(["caption", str(run_folder), str(pictures)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{pictures / 'a.JPG'}\tcaption of a.JPG", f"{pictures / 'b.png'}\tcaption of b.png",
+    ]  # fmt: skip
+    _, (config, model, _), _ = pipeline.calls[0]
+    assert model == run_folder / "best" / "merged" and config.run.dir == str(run_folder)
+
+    assert main(["caption", str(run_folder), str(pictures / "a.JPG"), "--json", "--set", "decode.num_beams=3"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"image": str(pictures / "a.JPG"), "caption": "caption of a.JPG"}]
+    assert pipeline.calls[-1][1][0].decode.num_beams == 3
+
+    assert main(["caption", str(run_folder), str(pictures / "b.jpg")]) == 2
+    assert "did you mean 'b.png'" in capsys.readouterr().err
+    assert main(["caption", str(run_folder), "x.png", "--variant", "merged-nf4"]) == 2
+    assert "it has merged" in capsys.readouterr().err
+
+
+def test_a_model_folder_alone_and_an_adapter(pipeline, tmp_path, capsys):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    pipeline.note("serve", None)
+    assert main(["serve", str(model), "serve.port=0"]) == 0
+    _, (config, folder), _ = pipeline.calls[0]
+    assert (folder, config.model.path, config.serve.port, config.run.dir) == (model, str(model), 0, "")
+
+    (model / "adapter_config.json").write_text("{}")
+    assert main(["serve", str(model)]) == 2
+    assert "adapter without its base" in capsys.readouterr().err
+
+
+def test_evaluate_prints_scores_with_their_signatures(pipeline, run_folder, capsys):
+    answer = {
+        "split": "val",
+        "images": 7,
+        "metrics": {"cider": {"score": 0.5, "signature": "cider|x"}},
+        "predictions": "p",
+    }
+    pipeline.note("evaluate", answer)
+    assert main(["evaluate", str(run_folder), "--split", "val"]) == 0
+    out = capsys.readouterr().out
+    assert "0.5000" in out and "cider|x" in out and "7 images" in out
+    assert main(["evaluate", str(run_folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == answer
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9]) == [0.9]
+    assert holm([0.6, 0.6]) == [1.0, 1.0]
+
+
+def test_compare_on_shared_pictures(tmp_path, capsys):
+    names = [f"p{n}" for n in range(60)]
+    references = {i: [f"a {w} thing number {n}", f"{w} number {n}"] for n, i in enumerate(names) for w in ["red"]}
+    good = make_run(tmp_path / "good", {i: references[i][0] for i in names}, references=references)
+    same = make_run(tmp_path / "same", {i: references[i][0] for i in names[:50]}, references=references)
+    bad = make_run(tmp_path / "bad", dict.fromkeys(names, "a cat"), references=references)
+    assert main(["compare", str(good), str(same), str(bad), "--resamples", "500", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["images"], found["variant"]) == (50, "served")
+    first, second, third = found["runs"]
+    assert second["difference"] == 0 and second["verdict"] == "cannot be told apart at this size"
+    assert third["difference"] < 0 and third["high"] < 0 and third["verdict"] == "worse"
+    assert third["difference"] == pytest.approx(third["cider"] - first["cider"])
+    assert main(["compare", str(good), str(bad), "--resamples", "500"]) == 0
+    assert "worse" in capsys.readouterr().out
+
+    other = make_run(tmp_path / "other", {"p0": "x"}, references={"p0": ["something else"]})
+    assert main(["compare", str(good), str(other)]) == 1
+    assert "other references" in capsys.readouterr().err
+    assert main(["compare", str(good), str(bad), "--variant", "merged"]) == 1
+    assert "there: zero-shot, served" in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "shapes-git" in found["presets"] and "git" in found["families"]
+    assert {"python", "cores", "memory", "gpu", "compute", "java"} <= found["machine"].keys()
+    for item in found["missing"]:
+        assert item["what"] and item["how"]
+    assert main(["doctor"]) == 0
+    assert "ready: raycap sweep shapes-git" in capsys.readouterr().out
