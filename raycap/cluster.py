@@ -36,6 +36,8 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+_private = False
+
 
 @contextmanager
 def connect(
@@ -77,10 +79,18 @@ def connect(
         raise RunError(f"cannot start or reach {where}: {error}") from error
     for name in ("ray.tune", "ray.train", "ray.data", "ray.air"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    global _private
+    _private = address in ("", "local")
     try:
         yield ray
     finally:
+        _private = False
         ray.shutdown()
+
+
+def private() -> bool:
+    """Whether the connected Ray was started by `connect` for this process alone."""
+    return _private
 
 
 def probe(address: str, timeout_s: float = PROBE_TIMEOUT_S) -> None:

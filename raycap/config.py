@@ -191,12 +191,16 @@ class Config:
 
     @property
     def cache_dir(self) -> Path:
-        return Path(self.run.cache_dir or os.environ.get("RAYCAP_CACHE") or Path.home() / ".cache" / "raycap").expanduser()
+        return Path(
+            self.run.cache_dir or os.environ.get("RAYCAP_CACHE") or Path.home() / ".cache" / "raycap"
+        ).expanduser()
 
 
 def preset_names() -> list[str]:
     """Names of the presets that ship in the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("raycap.presets").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in resources.files("raycap.presets").iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def load_config(preset: str, overrides: Sequence[str] = ()) -> Config:
@@ -253,7 +257,15 @@ def check(config: Config) -> None:
     """Raise a ConfigError for values out of range and for settings that contradict or disable each other."""
     c = config
     _positive("lora.r", c.lora.r)
-    for key in ("train.steps", "train.batch", "train.accumulation", "train.val_images", "tune.trials", "tune.slots", "tune.packs"):
+    for key in (
+        "train.steps",
+        "train.batch",
+        "train.accumulation",
+        "train.val_images",
+        "tune.trials",
+        "tune.slots",
+        "tune.packs",
+    ):
         section, name = key.split(".")
         _positive(key, getattr(getattr(c, section), name))
     _positive("train.lr", c.train.lr)
@@ -273,7 +285,9 @@ def check(config: Config) -> None:
     if not c.lora.targets:
         raise ConfigError("lora.targets is empty: no module would get an adapter")
     if c.train.warmup_steps and c.train.warmup_ratio:
-        raise ConfigError(f"train.warmup_steps={c.train.warmup_steps} and train.warmup_ratio={c.train.warmup_ratio}: give one")
+        raise ConfigError(
+            f"train.warmup_steps={c.train.warmup_steps} and train.warmup_ratio={c.train.warmup_ratio}: give one"
+        )
     if not 0 <= c.train.warmup_ratio < 1:
         raise ConfigError(f"train.warmup_ratio={c.train.warmup_ratio} must be at least 0 and below 1")
     if c.train.schedule == "constant" and (c.train.warmup_steps >= c.train.steps):
@@ -283,7 +297,9 @@ def check(config: Config) -> None:
     if len(c.data.splits) != 3 or min(c.data.splits) < 0 or abs(sum(c.data.splits) - 1) > 1e-6:
         raise ConfigError(f"data.splits={list(c.data.splits)} must be three shares (train, val, test) that sum to 1")
     if len(c.data.shapes_images) != 3 or min(c.data.shapes_images) < 1:
-        raise ConfigError(f"data.shapes_images={list(c.data.shapes_images)} must be three counts of at least 1 (train, val, test)")
+        raise ConfigError(
+            f"data.shapes_images={list(c.data.shapes_images)} must be three counts of at least 1 (train, val, test)"
+        )
     if c.tune.eta < 2:
         raise ConfigError(f"tune.eta={c.tune.eta} must be at least 2")
     if not 0 <= c.tune.grace_steps <= c.train.steps:
@@ -321,13 +337,18 @@ def _kind(section: str, name: str, kinds: Mapping[str, Any]) -> Any:
 def _read_preset(preset: str) -> dict[str, Any]:
     path = Path(preset).expanduser()
     if preset in preset_names():
-        text, where = (resources.files("raycap.presets") / f"{preset}.yaml").read_text(encoding="utf-8"), f"preset {preset}"
+        text, where = (
+            (resources.files("raycap.presets") / f"{preset}.yaml").read_text(encoding="utf-8"),
+            f"preset {preset}",
+        )
     elif path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"no settings file {path}")
         text, where = path.read_text(encoding="utf-8"), str(path)
     else:
-        raise ConfigError(f"no preset '{preset}'; {did_you_mean(preset, preset_names())} A path to your own .yaml works too.")
+        raise ConfigError(
+            f"no preset '{preset}'; {did_you_mean(preset, preset_names())} A path to your own .yaml works too."
+        )
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:

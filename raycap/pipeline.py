@@ -11,8 +11,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 PICTURES = 12
 """Test images shown in the report."""
-RUNGS_METRICS = ("cider",)
 
 
 def sweep(
@@ -56,7 +55,11 @@ def sweep(
     ledger = (
         Ledger.reopen(config.run.dir, config, command=command) if resume else Ledger.create(config, command=command)
     )
-    with ledger, Progress(f"{config.run.name} · {ledger.folder}", plain=plain) as progress, MemoryMeter() as memory:
+    with (
+        ledger,
+        Progress(f"{config.run.name} · {ledger.folder}", steps=config.train.steps, plain=plain) as progress,
+        MemoryMeter() as memory,
+    ):
         run = _Run(config, ledger, progress, memory)
         try:
             with _terminable():
@@ -159,34 +162,23 @@ class _Run:
 
     def _serve(self, shards: Shards, captions: dict[str, Any], found: Any, keep_serving: bool) -> None:
         from raycap.serve.app import serving
-        from raycap.serve.client import caption_images
 
         variant = self.config.export.promote
         self.progress.phase("serve", f"starting Ray Serve with {variant}")
-        with self.ledger.phase("serve"):
-            manager = serving(self.config, self.folder / "best" / variant)
-            served = manager.__enter__()
-        try:
+        with ExitStack() as stack:
             with self.ledger.phase("serve"):
+                served = stack.enter_context(serving(self.config, self.folder / "best" / variant))
                 self.progress.phase("serve", f"captioning the test split through {served.url}")
-                rows = shards.iter_rows("test", ("image_id", "image"))
-                ids: list[str] = []
-
-                def named() -> Iterator[tuple[str, bytes]]:
-                    for row in rows:
-                        ids.append(row["image_id"])
-                        yield row["image_id"], row["image"]["bytes"]
-
-                answers = caption_images(served.url, named(), batch=self.config.serve.max_batch)
-                captions["test"]["served"] = dict(zip(ids, answers, strict=True))
+                captions["test"]["served"] = caption_through(served.url, shards, "test", self.config.serve.max_batch)
             self.facts["served_equals_local"] = self._compare_served(captions["test"], variant)
             self._score(shards, captions, found)
             self._report()
             if keep_serving:
-                self._stay(served)
-        finally:
-            with self.ledger.phase("serve") if not keep_serving else _nothing():
-                manager.__exit__(None, None, None)
+                from raycap.report.runs import load_run
+                from raycap.report.summary import text_summary
+
+                self.progress.done(text_summary(load_run(self.folder)))
+                _stay(self.progress, served)
 
     def _compare_served(self, captions: Mapping[str, Mapping[str, str]], variant: str) -> dict[str, Any]:
         """How many served captions differ from those of the same model in a local process, and which."""
@@ -311,16 +303,117 @@ class _Run:
         except RaycapError as second:
             self.progress.line(f"run.json could not be written either: {second.message}")
 
-    def _stay(self, served: Any) -> None:
-        self.progress.done(
-            f"serving {served.name} at {served.url} until Ctrl-C. Caption a picture of yours:\n"
-            f"  curl -F images=@photo.jpg {served.url}/v1/captions"
-        )
-        try:
-            while True:
-                time.sleep(1)
-        except (KeyboardInterrupt, Interrupted):
-            pass
+
+def train(config: Config, *, resume: bool = False, plain: bool = False, command: str = "") -> Path:
+    """One setting, all the way to the served model: a sweep of the one trial that `config` describes."""
+    return sweep(config, resume=resume, plain=plain, command=command)
+
+
+def prepare(config: Config, out: Path, *, plain: bool = False) -> None:
+    """Write `config.data.source` as shards into `out`."""
+    from raycap.data.shards import prepare as write_shards
+    from raycap.report.live import Progress
+
+    with Progress(f"prepare · {out}", plain=plain, phases=("prepare",)) as progress:
+        progress.phase("prepare", f"images of '{config.data.source}'")
+        write_shards(config, out, progress.count)
+
+
+def evaluate(
+    config: Config, model: Path, *, split: str, out: Path | None = None, plain: bool = False
+) -> dict[str, Any]:
+    """Caption a split with a model folder through its HTTP endpoint, and score the answers.
+
+    Returns: split, images, metrics {name: {score, signature}}, predictions (the file, where `out` was given).
+    """
+    from raycap.data.shards import open_shards, prepare_if_needed
+    from raycap.evaluate import score
+    from raycap.files import write_json, write_jsonl
+    from raycap.report.live import Progress
+    from raycap.serve.app import serving
+
+    with Progress(f"evaluate · {model}", plain=plain, phases=("prepare", "serve", "score")) as progress:
+        progress.phase("prepare", f"images of '{config.data.source}'")
+        shards = open_shards(prepare_if_needed(config, progress.count))
+        references = shards.references(split)
+        progress.phase("serve", f"starting Ray Serve with {model}")
+        with connect(config), serving(config, model, port=0) as served:
+            progress.phase("serve", f"captioning {len(references):,} images of {split}")
+            captions = caption_through(served.url, shards, split, config.serve.max_batch)
+        progress.phase("score", ", ".join(config.evaluate.metrics))
+        scores = score(captions, references, config.evaluate.metrics, lang=config.evaluate.lang)
+    found: dict[str, Any] = {
+        "split": split,
+        "images": len(captions),
+        "metrics": {name: {"score": s.score, "signature": s.signature} for name, s in scores.items()},
+    }
+    if out is not None:
+        rows = [{"image_id": i, "caption": c, "references": references[i]} for i, c in captions.items()]
+        found["predictions"] = str(write_jsonl(out / f"{split}.jsonl", rows))
+        write_json(out / "metrics.json", found)
+    return found
+
+
+def caption(config: Config, model: Path, pictures: Sequence[Path]) -> list[str]:
+    """Captions of picture files, in order, in this process.
+
+    Raises:
+        DataError: a file that is no picture, named.
+    """
+    import io
+
+    from PIL import Image
+
+    from raycap.data.clean import BadImage, check_image
+    from raycap.errors import DataError
+    from raycap.export.captioner import Captioner
+
+    checked = []
+    for picture in pictures:
+        found = check_image(picture.read_bytes())
+        if isinstance(found, BadImage):
+            raise DataError(f"{picture}: {found.error}")
+        checked.append(found.data)
+    captioner = Captioner.load(config, model)
+    return captioner.caption([captioner.prepare(Image.open(io.BytesIO(data)).convert("RGB")) for data in checked])
+
+
+def serve(config: Config, model: Path, *, plain: bool = False) -> None:
+    """Serve a model folder until Ctrl-C or SIGTERM."""
+    from raycap.report.live import Progress
+    from raycap.serve.app import serving
+
+    with Progress(f"serve · {model}", plain=plain, phases=("serve",)) as progress:
+        progress.phase("serve", "starting Ray Serve")
+        with _terminable(), connect(config), serving(config, model) as served:
+            _stay(progress, served)
+
+
+def caption_through(url: str, shards: Shards, split: str, batch: int) -> dict[str, str]:
+    """Image id -> caption of a whole split, asked of a server in requests of `batch` images."""
+    from raycap.serve.client import caption_images
+
+    ids: list[str] = []
+
+    def named() -> Iterator[tuple[str, bytes]]:
+        for row in shards.iter_rows(split, ("image_id", "image")):
+            ids.append(row["image_id"])
+            yield row["image_id"], row["image"]["bytes"]
+
+    answers = caption_images(url, named(), batch=batch)
+    return dict(zip(ids, answers, strict=True))
+
+
+def _stay(progress: Progress, served: Any) -> None:
+    progress.done(
+        f"serving {served.name} at {served.url} until Ctrl-C. Caption a picture of yours:\n"
+        f"  curl -F images=@photo.jpg {served.url}/v1/captions"
+    )
+    try:
+        while True:
+            time.sleep(1)
+    except (KeyboardInterrupt, Interrupted):
+        pass
 
 
 def in_worker(
@@ -435,8 +528,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

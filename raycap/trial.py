@@ -74,7 +74,9 @@ def apply_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     return changed
 
 
-def trial_spec(config: Config, trial_id: str, overrides: Mapping[str, Any] | None = None, *, seed: int | None = None) -> TrialSpec:
+def trial_spec(
+    config: Config, trial_id: str, overrides: Mapping[str, Any] | None = None, *, seed: int | None = None
+) -> TrialSpec:
     """The trial that `config` describes once `overrides` (`section.name -> value`, of SWEEPABLE) are put in."""
     for key in overrides or {}:
         if key not in SWEEPABLE:

@@ -29,7 +29,7 @@ VERBS: dict[str, str] = {
     "caption": "raycap.cli.caption",
     "serve": "raycap.cli.serve",
 }
-"""Verb -> module with NAME, HELP, EXAMPLES, add_arguments(parser) and run(args) -> exit code."""
+"""Verb -> module with NAME, HELP, add_arguments(parser), run(args) -> exit code, and EXAMPLES for its help."""
 ROOT_EXAMPLES = """\
 examples:
   raycap sweep shapes-git                            the whole job on the built-in set: minutes on two cores
@@ -83,7 +83,7 @@ def _run(arguments: list[str]) -> int:
         _root_parser().parse_args(arguments)
         raise UsageError("no verb given. See them all with: raycap --help")
     verb = load_verb(arguments[0])
-    parser = Parser(prog=f"raycap {verb.NAME}", description=verb.HELP, examples=verb.EXAMPLES)
+    parser = Parser(prog=f"raycap {verb.NAME}", description=verb.HELP, examples=getattr(verb, "EXAMPLES", ""))
     verb.add_arguments(parser)
     return verb.run(parser.read(arguments[1:])) or 0
 

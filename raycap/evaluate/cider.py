@@ -69,7 +69,9 @@ class CiderScorer:
         """
         unknown = [image for image in predictions if image not in self._vectors]
         if unknown:
-            raise UsageError(f"{len(unknown)} of {len(predictions)} images have no references, the first is {unknown[0]!r}")
+            raise UsageError(
+                f"{len(unknown)} of {len(predictions)} images have no references, the first is {unknown[0]!r}"
+            )
         tokens = self._tokenise(list(predictions.values()))
         scores = np.array([self._one(text, self._vectors[image]) for image, text in zip(predictions, tokens)])
         return (float(np.mean(scores)) if len(scores) else math.nan), scores

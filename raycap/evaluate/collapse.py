@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -46,5 +47,5 @@ def collapse(captions: Sequence[str], references: Sequence[Sequence[str]]) -> di
 
 
 def _repetition(words: list[str]) -> float:
-    pairs = list(zip(words, words[1:]))
+    pairs = list(itertools.pairwise(words))
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0

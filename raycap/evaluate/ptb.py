@@ -92,7 +92,16 @@ _OTHER_RULES = [
     r"<<|>>",
     r".",
 ]
-_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "", "&apos;": "", "&nbsp;": "", "&mdash;": "", "&ndash;": ""}
+_ENTITIES = {
+    "&amp;": "&",
+    "&lt;": "<",
+    "&gt;": ">",
+    "&quot;": "",
+    "&apos;": "",
+    "&nbsp;": "",
+    "&mdash;": "",
+    "&ndash;": "",
+}
 
 _SPLIT = {
     "cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"), "wanna": ("wan", "na"),

@@ -38,17 +38,13 @@ _LATE = (
 """Letters younger than the tokeniser: it drops them."""
 
 ABBREVIATIONS = frozenset(
-    "adj adm adv al ala alex apr ariz assn assoc asst attys atty aug ave bhd bldg blvd brig bros calif capt cf cie cmdr co col comdr colo conn "
-    "corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb fla fri ft ga gen gov govs hon inc ind insp "
-    "intl invt jan jos jr jul jun kan kans ky lieut lt ltd maj mar md messrs mich minn mlle mme mo mon mont mr mrs ms msgr mt "
-    "natl neb nev nov oct okla penn pfc ph plc pres prof profs pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr "
-    "st ste supt supts sys tel tenn thu thurs treas tue tues univ va vs vt wed wis wisc wm wyo".split()
+    ["adj", "adm", "adv", "al", "ala", "alex", "apr", "ariz", "assn", "assoc", "asst", "attys", "atty", "aug", "ave", "bhd", "bldg", "blvd", "brig", "bros", "calif", "capt", "cf", "cie", "cmdr", "co", "col", "comdr", "colo", "conn", "corp", "cos", "cpl", "ct", "dak", "dec", "dept", "det", "dr", "drs", "elec", "ens", "esq", "est", "etc", "ext", "feb", "fla", "fri", "ft", "ga", "gen", "gov", "govs", "hon", "inc", "ind", "insp", "intl", "invt", "jan", "jos", "jr", "jul", "jun", "kan", "kans", "ky", "lieut", "lt", "ltd", "maj", "mar", "md", "messrs", "mich", "minn", "mlle", "mme", "mo", "mon", "mont", "mr", "mrs", "ms", "msgr", "mt", "natl", "neb", "nev", "nov", "oct", "okla", "penn", "pfc", "ph", "plc", "pres", "prof", "profs", "pvt", "rd", "rep", "reps", "rev", "rt", "sen", "sens", "sep", "sept", "seq", "sfc", "sgt", "spc", "sq", "sr", "st", "ste", "supt", "supts", "sys", "tel", "tenn", "thu", "thurs", "treas", "tue", "tues", "univ", "va", "vs", "vt", "wed", "wis", "wisc", "wm", "wyo"]
 )
 """Keep their full stop, in any case of letters."""
-ABBREVIATIONS_NOT_UPPER = frozenset("mfg mtg ppte ppty pte ptes pty ptys".split())
-ABBREVIATIONS_CAPITAL = frozenset("ark az del ill la mass miss ore pa tex wash".split())
+ABBREVIATIONS_NOT_UPPER = frozenset(["mfg", "mtg", "ppte", "ppty", "pte", "ptes", "pty", "ptys"])
+ABBREVIATIONS_CAPITAL = frozenset(["ark", "az", "del", "ill", "la", "mass", "miss", "ore", "pa", "tex", "wash"])
 """Words of the language unless they begin with a capital."""
-ABBREVIATIONS_NUMBERED = frozenset("art ca fig figs no nos op pp prop".split())
+ABBREVIATIONS_NUMBERED = frozenset(["art", "ca", "fig", "figs", "no", "nos", "op", "pp", "prop"])
 """Keep their full stop before a number."""
 
 LETTER, ALONE, GONE = "é", "§", "\0"

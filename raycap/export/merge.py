@@ -6,6 +6,7 @@ whose error is W - deq(W_nf4), the quantisation's, with the sign turned; so both
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,8 +98,9 @@ def _put_dequantised(cm: CaptionModel, base: ModelSettings, data: DataSettings) 
 
     from raycap.models import load_model
 
-    # Loaded as training loads it: the codes depend on the type that the weights have when they are quantised.
-    quantised = load_model(base, data, quantisation="nf4")
+    # Never materialised: that is the same product, and hides the codes.
+    packed = dataclasses.replace(base, materialise=False)
+    quantised = load_model(packed, data, quantisation="nf4", compute_dtype="fp32", device="cpu")
     weights = dequantised_weights(quantised.model)
     if not weights:
         raise ModelError(f"{base.path} has no module that NF4 quantises: there is nothing to dequantise")

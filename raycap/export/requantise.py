@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from raycap.config import DataSettings, ModelSettings
@@ -20,7 +21,8 @@ def requantise(base: ModelSettings, data: DataSettings, merged: Path, out: Path)
     manifest = read_manifest(merged)
     dtype = {"float16": "fp16", "bfloat16": "bf16"}[manifest["dtype"]]
     # Quantised from the 16-bit weights and saved before any forward: the first evaluation on some CPUs repacks them.
-    cm = load_model(base, data, path=merged, quantisation="nf4", compute_dtype=dtype)
+    packed = dataclasses.replace(base, materialise=False)
+    cm = load_model(packed, data, path=merged, quantisation="nf4", compute_dtype=dtype)
     with atomic_folder(out) as folder:
         cm.model.save_pretrained(folder)
         cm.processor.save_pretrained(folder)

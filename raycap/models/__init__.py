@@ -68,7 +68,7 @@ def load_model(
     import torch
 
     from raycap.models.base import CaptionModel
-    from raycap.models.quantise import load_options, mend, pick_dtype
+    from raycap.models.quantise import compute_in, load_options, mend, pick_dtype
 
     family = load_family(model.family)
     place = resolve_path(path if path is not None else model.path)
@@ -81,6 +81,8 @@ def load_model(
         processor = family.load_processor(place, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{place} cannot be loaded as a {family.name} model: {error}") from error
+    if kind == "nf4":
+        compute_in(loaded, dtype)
     mend(loaded, materialise=model.materialise)
     loaded.requires_grad_(False)
     if "device_map" not in options:

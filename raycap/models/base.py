@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from raycap.config import DecodeSettings
 from raycap.errors import ConfigError, did_you_mean
 from raycap.files import sha256_json
 
 if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
+    pass
 
 
 @dataclass

@@ -5,9 +5,6 @@ Shapes: B images, T text positions, N visual tokens, D width of the tower, V voc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import torch
 from torch import nn

@@ -37,7 +37,7 @@ def load_options(
     options: dict[str, Any] = {"dtype": dtype}
     saved = getattr(config, "quantization_config", None)
     if saved is not None:
-        options["device_map"] = {"": str(device)}
+        options.update(device_map={"": str(device)}, dtype="auto")  # see compute_in
         # What is computed in belongs to this process, not to the file.
         values = dict(saved if isinstance(saved, dict) else saved.to_dict())
         values["bnb_4bit_compute_dtype"] = dtype
@@ -49,7 +49,7 @@ def load_options(
     if quantisation != "nf4":
         raise ConfigError(f"model.quantisation={quantisation!r}; valid: nf4, none")
     options["quantization_config"] = nf4_config(family.skip_modules(config), dtype)
-    options["device_map"] = {"": str(device)}
+    options.update(device_map={"": str(device)}, dtype="auto")  # see compute_in
     return options, "nf4"
 
 
@@ -63,6 +63,28 @@ def nf4_config(skip: list[str], dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=False,
         llm_int8_skip_modules=skip,
     )
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let an NF4 model compute in `dtype`; its codes stay those of the checkpoint's own weights.
+
+    Loading in `dtype` instead would quantise weights that were rounded to it first: through bf16 the codes of the tiny
+    GIT differ by a quarter of NF4's own error, so that training in bf16 and scoring in fp32 would see two models. And a
+    folder saved in NF4 and fp16 loads in fp32 as a mixture that fails at its first forward.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+            module.weight.quant_state.dtype = dtype
+    for parameter in model.parameters():
+        if not isinstance(parameter, bnb.nn.Params4bit) and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for buffer in model.buffers():
+        if buffer.dtype in (torch.float16, torch.bfloat16):  # those in fp32, such as rotary frequencies, are meant so
+            buffer.data = buffer.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def mend(model: nn.Module, *, materialise: bool = False) -> None:

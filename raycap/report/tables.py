@@ -149,14 +149,22 @@ def _trial_row(data: ReportData, t: Mapping[str, Any], top: float) -> str:
         se = f' <span class="se">± {number(t["cider_se"])}</span>' if _finite(t.get("cider_se")) else ""
         cider = _meter(t["cider"], top) + number(t["cider"]) + se
     row = ' class="win"' if best else ' class="dim"' if t["state"] == "stopped" else ""
+    cells = (
+        (t.get("cider"), cider),
+        (t["rank"], str(t["rank"])),
+        (t["alpha"], f"{t['alpha']:g}"),
+        (t["scale"], f"{t['scale']:g}"),
+        (t["lr"], sci(t["lr"])),
+        (t["dropout"], f"{t['dropout']:g}"),
+        (t["steps"], f"{t['steps']:,}"),
+        (t.get("val_loss"), number(t.get("val_loss"))),
+        (t.get("seconds"), duration(t.get("seconds"))),
+    )
     return (
         f'<tr{row}><th scope="row">{escape(t["trial_id"])}</th><td class="l">{pill}</td>'
-       
-        + _cell(t.get("cider"), cider) + _cell(t["rank"], str(t["rank"])) + _cell(t["alpha"], f"{t['alpha']:g}") + _cell(t["scale"], f"{t['scale']:g}")
-        + _cell(t["lr"], sci(t["lr"])) + _cell(t["dropout"], f"{t['dropout']:g}") + _cell(t["steps"], f"{t['steps']:,}")
-        + _cell(t.get("val_loss"), number(t.get("val_loss")))
-        + _cell(t.get("seconds"), duration(t.get("seconds"))) + f'<td class="l note">{" ".join(notes)}</td></tr>'
-    )  # fmt: skip
+        + "".join(_cell(value, text) for value, text in cells)
+        + f'<td class="l note">{" ".join(notes)}</td></tr>'
+    )
 
 
 def _named(name: str, note: str, tag: str = "") -> str:

