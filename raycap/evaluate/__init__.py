@@ -1,14 +1,40 @@
-"""Captions and references in, scores and verdicts out: text alone, no torch, no Ray."""
+"""Text scores of captions, without torch and without Ray; nothing is loaded before it is used."""
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raycap.evaluate.cider import CiderScorer
+    from raycap.evaluate.collapse import collapse as detect_collapse
+    from raycap.evaluate.metrics import Score, Scores, score
+    from raycap.evaluate.significance import Verdict, paired_bootstrap, standard_error
+
+_WHERE = {
+    "CiderScorer": "cider:CiderScorer",
+    "Score": "metrics:Score",
+    "Scores": "metrics:Scores",
+    "Verdict": "significance:Verdict",
+    "detect_collapse": "collapse:collapse",
+    "paired_bootstrap": "significance:paired_bootstrap",
+    "score": "metrics:score",
+    "standard_error": "significance:standard_error",
+}
+__all__ = [
+    "CiderScorer",
+    "Score",
+    "Scores",
+    "Verdict",
+    "detect_collapse",
+    "paired_bootstrap",
+    "score",
+    "standard_error",
+]
 
 
 def __getattr__(name: str) -> Any:
-    # `raycap.evaluate.score` without paying for pycocoevalcap when the package is imported.
-    if name in ("score", "Score"):
-        from raycap.evaluate import metrics
-
-        return getattr(metrics, name)
-    raise AttributeError(f"module 'raycap.evaluate' has no attribute {name!r}")
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _WHERE[name].split(":")
+    return getattr(import_module(f"{__name__}.{module}"), attribute)

@@ -1,117 +1,212 @@
-"""CIDEr-D (Vedantam et al. 2015) with the references' side kept between calls.
+"""CIDEr-D that keeps what belongs to the references: document frequencies, tf-idf vectors, norms.
 
-The formula, its clipping, its Gaussian length penalty and its factor ten are those of pycocoevalcap's `Cider`, which is
-CIDEr-D under the name CIDEr; scores are equal to 1e-12 for the same tokens. References of a validation set do not
-change over a sweep, so their n-gram vectors, norms and document frequencies are computed once.
+What papers and pycocoevalcap call CIDEr is CIDEr-D: counts clipped, a Gaussian penalty on length, times 10.
+
+Shapes: W words of all captions in a row, E entries (a distinct n-gram of a caption), S captions, I images.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from raycap.errors import UsageError
-from raycap.evaluate.ptb import tokenise
+from raycap.errors import DataError
+from raycap.evaluate.signature import reference_hash, references_per_image, signature
+from raycap.evaluate.tokenise import Tokenise, load_tokeniser
 
-N = 4
+ORDERS = 4
 SIGMA = 6.0
-STEADY_IMAGES = 50
-"""Below this many images the document frequencies, and with them the scale of the score, are unstable."""
+FEW_IMAGES = 50
+"""Below it document frequencies say little: one image scores 0, two about half of what many do."""
 
-Tokeniser = Callable[[Sequence[str]], list[str]]
-"""Captions -> token strings, tokens separated by blanks."""
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """The references' side of one n-gram order, entries sorted by (image, n-gram)."""
+
+    keys: np.ndarray
+    """[G] sorted (shorter n-gram, word) of the known n-grams; the place of a key is the n-gram's number."""
+    idf: np.ndarray
+    """[G] log of images / images that have it."""
+    entry: np.ndarray
+    """[E] image * G + n-gram, sorted."""
+    caption: np.ndarray
+    """[E] the reference caption of each entry."""
+    weight: np.ndarray
+    """[E] tf * idf."""
+    norm: np.ndarray
+    """[S] length of each reference's vector."""
 
 
 class CiderScorer:
-    """Scores captions against fixed references, over and over."""
+    """CIDEr against fixed references; the second score costs a small part of the first.
 
-    def __init__(self, references: Mapping[str, Sequence[str]], tokeniser: Tokeniser = tokenise):
-        """`references` by image id. Document frequencies are taken from all of them, whatever subset is scored."""
+    Args:
+        references: captions by image id, as people wrote them.
+        tokeniser: a name of `TOKENISERS`, or a function from captions to tokenised captions.
+        corpus: captions by image that the document frequencies come from; `references` when None.
+    """
+
+    def __init__(
+        self,
+        references: Mapping[Any, Sequence[str]],
+        tokeniser: str | Tokenise = "ptb-py",
+        *,
+        corpus: Mapping[Any, Sequence[str]] | None = None,
+        lang: str = "en",
+    ):
         if not references:
-            raise UsageError("CIDEr needs the references of at least one image")
-        self._tokenise = tokeniser
-        flat = tokeniser([text for texts in references.values() for text in texts])
-        tokens = iter(flat)
-        counted = {image: [_ngrams(next(tokens)) for _ in texts] for image, texts in references.items()}
-        frequency: Counter[tuple[str, ...]] = Counter()
-        for grams in counted.values():
-            frequency.update(set().union(*grams))
-        self.images = len(counted)
-        self.per_image = sorted({len(texts) for texts in references.values()})
-        self.df_sha256 = hashlib.sha256("\n".join(sorted(flat)).encode()).hexdigest()
-        self._log_images = math.log(float(self.images))
-        self._idf = {gram: self._log_images - math.log(max(1.0, count)) for gram, count in frequency.items()}
-        self._vectors = {image: [self._vector(c) for c in grams] for image, grams in counted.items()}
-        if self.images < STEADY_IMAGES:
+            raise DataError("CIDEr needs references, and there is no image with any")
+        bare = [image for image, captions in references.items() if not captions]
+        if bare:
+            raise DataError(f"{len(bare)} of {len(references)} images have no reference caption, first {bare[0]!r}")
+        self.ids = list(references)
+        self._index = {image: at for at, image in enumerate(self.ids)}
+        self._tokenise = load_tokeniser(tokeniser) if isinstance(tokeniser, str) else tokeniser
+        frequencies = references if corpus is None else corpus
+        self.signature = signature(
+            "cider",
+            variant="D",
+            tok=tokeniser if isinstance(tokeniser, str) else getattr(tokeniser, "__name__", "own"),
+            df=f"{'refs' if corpus is None else 'corpus'}@{reference_hash(frequencies)}",
+            refs=references_per_image(references.values()),
+            lang=lang,
+            n=len(references),
+        )
+        if len(frequencies) < FEW_IMAGES:
             warnings.warn(
-                f"CIDEr's document frequencies come from {self.images} images; below {STEADY_IMAGES} its scale is unstable",
+                f"CIDEr takes its document frequencies from {len(frequencies)} images; below {FEW_IMAGES} its scale is "
+                "unstable, and scores compare only with scores on the same images",
                 stacklevel=2,
             )
+        self._learn(references, corpus)
 
-    @property
-    def signature(self) -> str:
-        """What a score depends on, apart from the captions."""
-        from raycap import __version__
-
-        references = "-".join(str(n) for n in ({self.per_image[0], self.per_image[-1]}))
-        return f"cider|variant:D|tok:ptb|df:refs@{self.df_sha256[:8]}|refs:{references}|n:{self.images}|v:{__version__}"
-
-    def score(self, predictions: Mapping[str, str]) -> tuple[float, np.ndarray]:
-        """Mean over the images of `predictions`, and each image's score in their order.
+    def score(self, predictions: Mapping[Any, str]) -> tuple[float, np.ndarray]:
+        """Mean and the score of each predicted image, in the order of the references whatever that of `predictions`.
 
         Raises:
-            UsageError: an image without references.
+            DataError: a prediction for an image without references.
         """
-        unknown = [image for image in predictions if image not in self._vectors]
+        unknown = [image for image in predictions if image not in self._index]
         if unknown:
-            raise UsageError(
-                f"{len(unknown)} of {len(predictions)} images have no references, the first is {unknown[0]!r}"
-            )
-        tokens = self._tokenise(list(predictions.values()))
-        scores = np.array([self._one(text, self._vectors[image]) for image, text in zip(predictions, tokens)])
-        return (float(np.mean(scores)) if len(scores) else math.nan), scores
+            raise DataError(f"{len(unknown)} predicted images have no references, first {unknown[0]!r}")
+        ids = [image for image in self.ids if image in predictions]
+        return self.score_tokenised(ids, self._tokenise([predictions[image] for image in ids]))
 
-    def _one(self, tokens: str, references: Sequence[_Vector]) -> float:
-        weights, norms, length = self._vector(_ngrams(tokens))
-        total = 0.0
-        for other, other_norms, other_length in references:
-            delta = float(length - other_length)
-            penalty = math.e ** (-(delta**2) / (2 * SIGMA**2))
-            for n in range(N):
-                mine, theirs = weights[n], other[n]
-                value = 0.0
-                for gram, weight in mine.items():
-                    there = theirs.get(gram)
-                    if there is not None:
-                        value += min(weight, there) * there
-                if norms[n] != 0 and other_norms[n] != 0:
-                    value /= norms[n] * other_norms[n]
-                total += value * penalty
-        return total / N / len(references) * 10.0
+    def score_tokenised(self, ids: Sequence[Any], captions: Sequence[str]) -> tuple[float, np.ndarray]:
+        """The same for tokenised captions of the images `ids`; per image in the order of `ids`."""
+        image_of = np.array([self._index[image] for image in ids], dtype=np.int64)
+        if not len(image_of):
+            return 0.0, np.zeros(0)
+        words, sentence, length = self._words(captions, learn=False)
+        total_S = np.zeros(len(self._image))  # summed over the orders
+        # Which of the captions is set against each reference; -1 where the image is not among them.
+        against = np.full(len(self.ids), -1)
+        against[image_of] = np.arange(len(ids))
+        hyp_S = against[self._image]
+        set_against = hyp_S >= 0
+        delta = length[hyp_S] - self._length
+        penalty_S = np.where(set_against, np.exp(-(delta**2.0) / (2 * SIGMA**2)), 0.0)
+        gram, at = words, np.arange(len(words))
+        for n, order in enumerate(self._orders):
+            pair, at = _pairs(n, gram, at, words, sentence)
+            gram = _numbers(pair, order.keys)
+            caption_E, gram_E, count_E = _entries(sentence[at], gram)
+            known = gram_E < len(order.keys)
+            idf_E = np.full(len(gram_E), self._log_images)  # an n-gram of no reference counts as in one image
+            idf_E[known] = order.idf[gram_E[known]]
+            weight_E = count_E * idf_E
+            norm_C = np.sqrt(np.bincount(caption_E, weight_E**2, minlength=len(ids)))
+            # Join with the references' entries of the same image and n-gram: a run of them for each entry.
+            key_E = image_of[caption_E[known]] * len(order.keys) + gram_E[known]
+            first = np.searchsorted(order.entry, key_E, "left")
+            run = np.searchsorted(order.entry, key_E, "right") - first
+            mine = np.repeat(weight_E[known], run)
+            offset = np.arange(len(mine)) - np.repeat(np.cumsum(run) - run, run)
+            theirs = np.repeat(first, run) + offset
+            product = np.minimum(mine, order.weight[theirs]) * order.weight[theirs]
+            value_S = np.bincount(order.caption[theirs], product, minlength=len(self._image))
+            scale_S = norm_C[hyp_S] * order.norm
+            np.divide(value_S, scale_S, out=value_S, where=scale_S != 0)
+            total_S += value_S * penalty_S
+        summed_I = np.bincount(self._image, total_S / ORDERS, minlength=len(self.ids))
+        per_image = 10.0 * summed_I[image_of] / self._references_I[image_of]
+        return float(per_image.mean()), per_image
 
-    def _vector(self, counts: Counter[tuple[str, ...]]) -> _Vector:
-        """tf-idf weights by n-gram order, their norms, and the length (in bigrams, as the reference counts it)."""
-        weights: list[dict[tuple[str, ...], float]] = [{} for _ in range(N)]
-        squares = [0.0] * N
-        length = 0
-        for gram, count in counts.items():
-            n = len(gram) - 1
-            weight = float(count) * self._idf.get(gram, self._log_images)
-            weights[n][gram] = weight
-            squares[n] += weight**2
-            if n == 1:
-                length += count
-        return weights, [math.sqrt(s) for s in squares], length
+    def _learn(self, references: Mapping[Any, Sequence[str]], corpus: Mapping[Any, Sequence[str]] | None) -> None:
+        texts = [caption for captions in references.values() for caption in captions]
+        counts = [len(captions) for captions in references.values()]
+        own, images = len(texts), len(counts)
+        if corpus is not None:
+            texts += [caption for captions in corpus.values() for caption in captions]
+            counts += [len(captions) for captions in corpus.values()]
+        image_S = np.repeat(np.arange(len(counts)), counts)
+        self._vocabulary: dict[str, int] = {}
+        words, sentence, length = self._words(self._tokenise(texts), learn=True)
+        self._log_images = float(np.log(float(len(counts) if corpus is None else len(corpus))))
+        self._image, self._length = image_S[:own], length[:own]
+        self._references_I = np.array(counts[:images])
+        self._orders: list[_Order] = []
+        gram, at = words, np.arange(len(words))
+        for n in range(ORDERS):
+            pair, at = _pairs(n, gram, at, words, sentence)
+            keys, gram = np.unique(pair, return_inverse=True)
+            caption_E, gram_E, count_E = _entries(sentence[at], gram)
+            image_E = image_S[caption_E]
+            counted = np.ones(len(image_E), dtype=bool) if corpus is None else image_E >= images
+            pairs = np.unique(image_E[counted] * len(keys) + gram_E[counted])
+            frequency = np.bincount(pairs % max(len(keys), 1), minlength=len(keys))
+            idf = self._log_images - np.log(np.maximum(1.0, frequency))
+            mine = caption_E < own
+            caption_E, gram_E, image_E = caption_E[mine], gram_E[mine], image_E[mine]
+            weight_E = count_E[mine] * idf[gram_E]
+            norm = np.sqrt(np.bincount(caption_E, weight_E**2, minlength=own))
+            entry = image_E * len(keys) + gram_E
+            order = np.argsort(entry, kind="stable")
+            self._orders.append(_Order(keys, idf, entry[order], caption_E[order], weight_E[order], norm))
+
+    def _words(self, captions: Sequence[str], *, learn: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Numbers of the words in a row [W], the caption of each [W], and each caption's bigrams [S] as its length.
+
+        Words that are not in the vocabulary join it, or get numbers beyond it for this call.
+        """
+        split = [caption.split() for caption in captions]
+        sizes = np.array([len(words) for words in split], dtype=np.int64)
+        vocabulary = self._vocabulary if learn else self._vocabulary.copy()
+        numbers = [vocabulary.setdefault(word, len(vocabulary)) for words in split for word in words]
+        sentence = np.repeat(np.arange(len(split)), sizes)
+        return np.array(numbers, dtype=np.int64), sentence, np.maximum(sizes - 1, 0)
 
 
-_Vector = tuple[list[dict[tuple[str, ...], float]], list[float], int]
+def _pairs(
+    n: int, gram: np.ndarray, at: np.ndarray, words: np.ndarray, sentence: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n-gram of the order before, next word) as one number each, and where each begins."""
+    if n == 0:
+        return gram, at
+    fits = at + n < len(words)
+    gram, at = gram[fits], at[fits]
+    same = sentence[at] == sentence[at + n]
+    gram, at = gram[same], at[same]
+    return (gram << 32) | words[at + n], at
 
 
-def _ngrams(tokens: str) -> Counter[tuple[str, ...]]:
-    words = tokens.split()
-    return Counter(tuple(words[i : i + n]) for n in range(1, N + 1) for i in range(len(words) - n + 1))
+def _numbers(pair: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """The place of each pair in the sorted `keys`; pairs that are not there get numbers beyond."""
+    number = np.searchsorted(keys, pair)
+    known = number < len(keys)
+    known[known] = keys[number[known]] == pair[known]
+    if not known.all():
+        number[~known] = len(keys) + np.unique(pair[~known], return_inverse=True)[1]
+    return number
+
+
+def _entries(caption: np.ndarray, gram: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct (caption, n-gram) pairs and how often each occurs."""
+    width = int(gram.max()) + 1 if len(gram) else 1
+    pairs, count = np.unique(caption * width + gram, return_counts=True)
+    return pairs // width, pairs % width, count.astype(float)

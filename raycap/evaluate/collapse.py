@@ -1,51 +1,83 @@
-"""Signs that a model says the same thing whatever it sees."""
+"""Signs that a model has stopped looking at its pictures: the same caption for all, loops, nothing, the prompt."""
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-DISTINCT_SHARE = 0.05
-TOP_SHARE = 0.5
-EMPTY_SHARE = 0.2
-REPETITION_SHARE = 0.5
-LENGTH_RATIO = 3.0
-"""Limits beyond which captions count as collapsed; ordinary models stay far from each of them."""
+from raycap.evaluate.overlap import closest_length
+
+ENOUGH = 8
+"""Fewer captions say nothing about variety."""
+TOP_SHARE, EMPTY_SHARE, REPETITION_SHARE, ECHO_SHARE = 0.5, 0.2, 0.3, 0.3
+"""Flagged above these shares of the captions."""
+VARIETY = 0.2
+"""Flagged below this part of the references' own share of distinct captions."""
+LENGTH_RATIO = (1 / 3, 3.0)
 
 
-def collapse(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Shares that tell a collapsed model, and whether any of them is beyond its limit.
+def collapse(
+    captions: Sequence[str], references: Sequence[Sequence[str]] | None = None, *, prompt: str = ""
+) -> dict[str, Any]:
+    """Shares between 0 and 1 over the captions, `collapsed`, and the `reasons` for it in words.
 
-    distinct_share: different captions / captions. top_caption, top_share: the most frequent one. empty_share.
-    repetition_share: mean share of a caption's bigrams that it has said before. length_ratio: mean words of the
-    captions / mean words of the references.
+    `references` are in the order of `captions`; with them variety and length are set against what people wrote, so that
+    a set whose pictures are all alike is not flagged. `length_ratio` is None without them.
     """
-    total = max(1, len(captions))
-    counts = Counter(captions)
-    top, times = counts.most_common(1)[0] if counts else ("", 0)
-    words = [caption.split() for caption in captions]
-    lengths = [len(text.split()) for texts in references for text in texts]
-    mean = sum(map(len, words)) / total
-    found = {
-        "distinct_share": len(counts) / total,
-        "top_caption": top,
-        "top_share": times / total,
-        "empty_share": sum(not w for w in words) / total,
-        "repetition_share": sum(map(_repetition, words)) / total,
-        "length_ratio": mean / (sum(lengths) / max(1, len(lengths))) if sum(lengths) else 0.0,
+    plain = [" ".join(caption.lower().split()) for caption in captions]
+    count = len(plain)
+    often = Counter(plain)
+    top, top_count = often.most_common(1)[0] if often else ("", 0)
+    start = " ".join(prompt.lower().split())
+    found: dict[str, Any] = {
+        "distinct_share": len(often) / count if count else 0.0,
+        "top_caption": next((c for c, p in zip(captions, plain) if p == top), ""),
+        "top_share": top_count / count if count else 0.0,
+        "empty_share": _share(not p for p in plain),
+        "repetition_share": _share(repeats(p) for p in plain),
+        "echo_share": _share(bool(start) and p.startswith(start) for p in plain),
+        "length_ratio": None,
     }
-    few = len(captions) < 20  # of a handful, half may well be alike
-    found["collapsed"] = bool(
-        found["empty_share"] > EMPTY_SHARE
-        or found["repetition_share"] > REPETITION_SHARE
-        or found["length_ratio"] > LENGTH_RATIO
-        or (not few and (found["top_share"] > TOP_SHARE or found["distinct_share"] < DISTINCT_SHARE))
-    )
-    return found
+    variety, usual_top = 1.0, 0.0
+    if references:
+        ours = [len(p.split()) for p in plain]
+        theirs = [closest_length(n, [len(r.split()) for r in refs]) for n, refs in zip(ours, references) if refs]
+        found["length_ratio"] = sum(ours) / max(sum(theirs), 1)
+        first = Counter(" ".join(refs[0].lower().split()) for refs in references if refs)
+        if first:
+            variety = len(first) / first.total()
+            usual_top = first.most_common(1)[0][1] / first.total()
+    reasons = []
+    if count >= ENOUGH:
+        if found["top_share"] > max(TOP_SHARE, 1.5 * usual_top):
+            reasons.append(f"{found['top_share']:.0%} of the captions are the same")
+        if references and found["distinct_share"] < VARIETY * variety:
+            reasons.append(f"{found['distinct_share']:.0%} distinct captions where people wrote {variety:.0%}")
+    if found["empty_share"] > EMPTY_SHARE:
+        reasons.append(f"{found['empty_share']:.0%} are empty")
+    if found["repetition_share"] > REPETITION_SHARE:
+        reasons.append(f"{found['repetition_share']:.0%} repeat themselves")
+    if found["echo_share"] > ECHO_SHARE:
+        reasons.append(f"{found['echo_share']:.0%} begin with the prompt")
+    ratio = found["length_ratio"]
+    if count and ratio is not None and not LENGTH_RATIO[0] <= ratio <= LENGTH_RATIO[1]:
+        reasons.append(f"{ratio:.1f} times the references' length")
+    return {**found, "collapsed": bool(reasons), "reasons": reasons}
 
 
-def _repetition(words: list[str]) -> float:
-    pairs = list(itertools.pairwise(words))
-    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+def repeats(caption: str) -> bool:
+    """A word three times running, or two to six words said twice running ("a man on a man on")."""
+    words = caption.split()
+    for size in range(1, 7):
+        times = 3 if size == 1 else 2
+        for at in range(len(words) - size * times + 1):
+            block = words[at : at + size]
+            if all(words[at + k * size : at + (k + 1) * size] == block for k in range(1, times)):
+                return True
+    return False
+
+
+def _share(flags: Any) -> float:
+    values = list(flags)
+    return sum(values) / len(values) if values else 0.0

@@ -1,170 +1,204 @@
-"""Scores of captions against references, each with a signature that says how it was computed."""
+"""Scores of captions against references, each with the signature that says how it came about."""
 
 from __future__ import annotations
 
-import hashlib
-import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from typing import Any
 
-import raycap
-from raycap.errors import ConfigError, UsageError, did_you_mean
-from raycap.evaluate import java, ptb
+import numpy as np
+
+from raycap.errors import ConfigError, DataError, did_you_mean
 from raycap.evaluate.cider import CiderScorer
+from raycap.evaluate.java import NO_JAVA, java
+from raycap.evaluate.signature import references_per_image, signature
+from raycap.evaluate.tokenise import default_tokeniser, load_tokeniser
+
+METRICS: dict[str, str] = {
+    "bleu": "raycap.evaluate.overlap:bleu",
+    "meteor": "raycap.evaluate.metrics:_meteor",
+    "rouge_l": "raycap.evaluate.overlap:rouge_l",
+    "cider": "raycap.evaluate.metrics:_cider",
+    "rouge_1": "raycap.evaluate.overlap:rouge_1",
+    "token_f1": "raycap.evaluate.overlap:token_f1",
+    "distinct": "raycap.evaluate.overlap:distinct",
+    "length_ratio": "raycap.evaluate.overlap:length_ratio",
+}
+"""Each gives one score or several: `bleu` gives bleu1 to bleu4."""
+DEFAULT_METRICS = ("bleu", "meteor", "rouge_l", "cider")
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A corpus figure, what it depends on, and each image's share where there is one."""
+    """One figure over a set of images."""
 
     name: str
     score: float
     signature: str
-    per_image: dict[str, float] = field(default_factory=dict)
+    per_image: dict[Any, float] = field(default_factory=dict)
+    """Empty for figures that only a whole set has. The corpus score is their mean for cider and rouge_l, not for
+    bleu and meteor."""
+
+
+class Scores(dict[str, Score]):
+    """Scores by name, and `notes`: what was left out or looks odd."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.notes: list[str] = []
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """Predictions and references by image id as token strings, and how they came to be."""
+class Result:
+    """What a metric hands back: figure, figure per image in the order of `Prepared.ids`, own parts of the signature."""
 
-    predictions: dict[str, str]
-    references: dict[str, list[str]]
+    name: str
+    score: float
+    per_image: np.ndarray | None
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Captions and references of the same images, in the same order, tokenised once for all metrics."""
+
+    ids: list[Any]
+    captions: list[str]
+    raw_references: list[list[str]]
+    hypotheses: list[str]
+    references: list[list[str]]
     tokeniser: str
     lang: str
-    references_sha256: str
+    all_references: Mapping[Any, Sequence[str]]
+    """Those of images without a caption too; CIDEr's document frequencies come from them."""
+    all_tokenised: dict[Any, list[str]]
 
-    def signature(self, metric: str, *parts: str) -> str:
-        counts = sorted({len(r) for r in self.references.values()})
-        refs = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
-        return "|".join(
-            [metric, *parts, f"tok:{self.tokeniser}", f"refs:{refs}", f"lang:{self.lang}", f"n:{len(self.predictions)}",
-             f"v:{raycap.__version__}"]
-        )  # fmt: skip
+    def tokenised_references(self) -> dict[Any, list[str]]:
+        return dict(zip(self.ids, self.references))
 
+    def tokenised_predictions(self) -> dict[Any, list[str]]:
+        return {image: [caption] for image, caption in zip(self.ids, self.hypotheses)}
 
-METRICS: dict[str, str] = {
-    "bleu": "raycap.evaluate.metrics:bleu",
-    "meteor": "raycap.evaluate.metrics:meteor",
-    "rouge_l": "raycap.evaluate.metrics:rouge_l",
-    "cider": "raycap.evaluate.metrics:cider",
-}
-ENGLISH_ONLY = {"meteor": "its stemmer and synonyms are English"}
+    @cached_property
+    def cider(self) -> CiderScorer:
+        flat = iter([caption for captions in self.all_tokenised.values() for caption in captions])
+        return CiderScorer(self.all_references, lambda captions: [next(flat) for _ in captions], lang=self.lang)
 
 
-def score(
-    predictions: Mapping[str, str],
-    references: Mapping[str, Sequence[str]],
-    metrics: Sequence[str] = ("bleu", "meteor", "rouge_l", "cider"),
-    lang: str = "en",
-) -> dict[str, Score]:
-    """Corpus scores by name (bleu1..4, meteor, rouge_l, cider), equal to pycocoevalcap's to 1e-6.
-
-    Document frequencies of CIDEr come from `references`, all of them; the other metrics look at the images of
-    `predictions`. METEOR is left out where there is no Java.
-
-    Raises:
-        ConfigError: a metric that does not exist, or not for this language.
-        UsageError: nothing to score; an image without references.
-    """
-    for name in metrics:
-        if name not in METRICS:
-            raise ConfigError(f"evaluate.metrics: there is no '{name}'; {did_you_mean(name, METRICS)}")
-        if lang != "en" and name in ENGLISH_ONLY:
-            raise ConfigError(
-                f"evaluate.metrics: '{name}' is not defined for lang={lang}: {ENGLISH_ONLY[name]}. Leave it out."
-            )
-    if not predictions:
-        raise UsageError("there are no predictions to score")
-    missing = [i for i in predictions if not references.get(i)]
-    if missing:
-        raise UsageError(f"{len(missing)} of {len(predictions)} images have no references, the first is {missing[0]!r}")
-    tokens = tokenised(predictions, references, lang)
-    found: dict[str, Score] = {}
-    for name in metrics:
-        if name == "meteor" and java.java() is None:
-            continue
-        found.update(load_metric(name)(tokens))
-    return found
+def register(name: str, target: str) -> None:
+    """Add a metric, "module:attribute" of a function from `Prepared` to a list of `Result`."""
+    if name in METRICS:
+        raise ConfigError(f"the metric '{name}' is registered already, as {METRICS[name]}")
+    METRICS[name] = target
 
 
-def load_metric(name: str) -> Callable[[Tokens], dict[str, Score]]:
-    from importlib import import_module
-
+def load_metric(name: str) -> Callable[[Prepared], list[Result]]:
+    if name not in METRICS:
+        raise ConfigError(f"metrics: there is no '{name}'; {did_you_mean(name, METRICS)}")
     module, attribute = METRICS[name].split(":")
     return getattr(import_module(module), attribute)
 
 
-def tokenised(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], lang: str) -> Tokens:
-    """Both sides through the tokeniser of `lang`, in one go."""
-    flat = [t for texts in references.values() for t in texts]
-    said = list(predictions.values())
-    if lang == "ja":
-        name, split = "unidic", japanese
-    elif lang == "en":
-        name, split = "ptb", java.ptb_tokenise if java.java() else ptb.tokenise
-    else:
-        name, split = "blank", lambda texts: [" ".join(java.one_line(t).lower().split()) for t in texts]
-    tokens = iter(split([*flat, *said]))
-    refs = {image: [next(tokens) for _ in texts] for image, texts in references.items()}
-    digest = hashlib.sha256("\n".join(t for texts in refs.values() for t in texts).encode()).hexdigest()
-    return Tokens({image: next(tokens) for image in predictions}, refs, name, lang, digest)
+def score(
+    predictions: Mapping[Any, str],
+    references: Mapping[Any, Sequence[str]],
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    lang: str = "en",
+    *,
+    tokeniser: str | None = None,
+) -> Scores:
+    """Score one caption an image against its references; figures equal pycocoevalcap's to 1e-6.
 
+    Images with references and no prediction are left out, and count for CIDEr's document frequencies only. What the
+    machine cannot compute (METEOR without Java) is left out with a warning, and named in `notes`.
 
-def japanese(captions: Sequence[str]) -> list[str]:
-    """Words of each caption by MeCab with unidic-lite, joined by blanks; punctuation is left out."""
-    try:
-        import fugashi
-    except ImportError as error:
-        raise UsageError("lang=ja needs a segmenter: pip install 'raycap[ja]'") from error
-    tagger = fugashi.Tagger("-Owakati")
-    return [
-        " ".join(w for w in tagger.parse(java.one_line(c)).split() if w not in "。、．，.,!?！？「」『』・")
-        for c in captions
-    ]
+    Raises:
+        ConfigError: an unknown metric, or none left that this language or machine has.
+        DataError: no prediction at all, a prediction without references, an image with an empty list of them.
+    """
+    computed = {name: load_metric(name) for name in metrics}
+    found = Scores()
+    reason = _no_meteor(lang)
+    if "meteor" in computed and reason:
+        del computed["meteor"]
+        if not computed:
+            raise ConfigError(f"metrics: {reason}")
+        found.notes.append(f"METEOR left out: {reason}")
+    if "meteor" in computed:
+        from raycap.evaluate.meteor import shared
 
-
-def bleu(tokens: Tokens) -> dict[str, Score]:
-    """BLEU-1..4 of the corpus, brevity by the closest reference."""
-    from pycocoevalcap.bleu.bleu import Bleu
-
-    with redirect_stdout(io.StringIO()):  # it prints its lengths
-        corpus, each = Bleu(4).compute_score(*_pairs(tokens), verbose=0)
-    ids = list(tokens.predictions)
-    return {
-        f"bleu{n + 1}": Score(
-            f"bleu{n + 1}", float(corpus[n]), tokens.signature(f"bleu{n + 1}", "bp:closest"), dict(zip(ids, map(float, each[n])))
+        shared().start()  # its Java reads tables for seconds, meanwhile the captions are tokenised
+    data = _prepare(predictions, references, lang, tokeniser or default_tokeniser(lang))
+    if data.tokeniser == "ptb-py" and tokeniser is None:
+        found.notes.append("no Java: captions are tokenised by the PTB rules in Python")
+    missing = [image for image in references if image not in predictions]
+    if missing:
+        found.notes.append(
+            f"{len(missing)} of {len(references)} images with references have no prediction and are not scored, "
+            f"first {missing[0]!r}"
         )
-        for n in range(4)
-    }  # fmt: skip
+    common = {"refs": references_per_image(data.raw_references), "lang": lang, "n": len(data.ids)}
+    for function in computed.values():
+        for result in function(data):
+            parts = {"tok": data.tokeniser, **result.parts, **common}
+            per_image = {} if result.per_image is None else dict(zip(data.ids, map(float, result.per_image)))
+            found[result.name] = Score(result.name, result.score, signature(result.name, **parts), per_image)
+    for note in found.notes:
+        warnings.warn(note, stacklevel=2)
+    return found
 
 
-def rouge_l(tokens: Tokens) -> dict[str, Score]:
-    """ROUGE-L with beta 1.2: the best recall and the best precision over the references, mean over images."""
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    corpus, each = Rouge().compute_score(*_pairs(tokens))
-    per_image = dict(zip(tokens.predictions, map(float, each)))
-    return {"rouge_l": Score("rouge_l", float(corpus), tokens.signature("rouge_l", "beta:1.2"), per_image)}
-
-
-def meteor(tokens: Tokens) -> dict[str, Score]:
-    """METEOR 1.5, from summed statistics; segments for each image."""
-    corpus, each = java.meteor().score(tokens.predictions, tokens.references)
-    return {
-        "meteor": Score("meteor", corpus, tokens.signature("meteor", "jar:1.5"), dict(zip(tokens.predictions, each)))
-    }
-
-
-def cider(tokens: Tokens) -> dict[str, Score]:
-    """CIDEr-D with the document frequencies of all given references."""
-    scorer = CiderScorer(tokens.references, tokeniser=list)
-    corpus, each = scorer.score(tokens.predictions)
-    signature = tokens.signature(
-        "cider", "variant:D", f"df:refs@{tokens.references_sha256[:8]}", f"df_n:{scorer.images}"
+def _prepare(
+    predictions: Mapping[Any, str], references: Mapping[Any, Sequence[str]], lang: str, tokeniser: str
+) -> Prepared:
+    if not predictions:
+        raise DataError("there is no prediction to score")
+    unknown = [image for image in predictions if image not in references]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(predictions)} predictions are for images without references, first "
+            f"{unknown[0]!r}. Are the ids of one file numbers or names of another kind?"
+        )
+    bare = [image for image, captions in references.items() if not captions]
+    if bare:
+        raise DataError(f"{len(bare)} of {len(references)} images have no reference caption, first {bare[0]!r}")
+    tokenise = load_tokeniser(tokeniser)
+    ids = list(predictions)
+    flat = iter(tokenise([caption for captions in references.values() for caption in captions]))
+    tokenised = {image: [next(flat) for _ in captions] for image, captions in references.items()}
+    captions = [predictions[image] for image in ids]
+    return Prepared(
+        ids=ids,
+        captions=captions,
+        raw_references=[list(references[image]) for image in ids],
+        hypotheses=tokenise(captions),
+        references=[tokenised[image] for image in ids],
+        tokeniser=tokeniser,
+        lang=lang,
+        all_references=references,
+        all_tokenised=tokenised,
     )
-    return {"cider": Score("cider", corpus, signature, dict(zip(tokens.predictions, map(float, each))))}
 
 
-def _pairs(tokens: Tokens) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    return {i: tokens.references[i] for i in tokens.predictions}, {i: [t] for i, t in tokens.predictions.items()}
+def _no_meteor(lang: str) -> str:
+    if lang != "en":
+        return f"METEOR's stems, synonyms and paraphrases are English ones; there are none for lang={lang}."
+    return "" if java() else NO_JAVA
+
+
+def _meteor(data: Prepared) -> list[Result]:
+    """METEOR 1.5, its corpus figure from summed statistics."""
+    from raycap.evaluate.meteor import shared
+
+    corpus, each = shared().score(data.hypotheses, data.references)
+    return [Result("meteor", corpus, np.array(each), {"variant": "1.5-norm"})]
+
+
+def _cider(data: Prepared) -> list[Result]:
+    """CIDEr-D."""
+    corpus, each = data.cider.score_tokenised(data.ids, data.hypotheses)
+    df = next(part for part in data.cider.signature.split("|") if part.startswith("df:")).removeprefix("df:")
+    return [Result("cider", corpus, each, {"variant": "D", "df": df})]

@@ -37,21 +37,29 @@ _LATE = (
 )
 """Letters younger than the tokeniser: it drops them."""
 
-ABBREVIATIONS = frozenset(
-    ["adj", "adm", "adv", "al", "ala", "alex", "apr", "ariz", "assn", "assoc", "asst", "attys", "atty", "aug", "ave", "bhd", "bldg", "blvd", "brig", "bros", "calif", "capt", "cf", "cie", "cmdr", "co", "col", "comdr", "colo", "conn", "corp", "cos", "cpl", "ct", "dak", "dec", "dept", "det", "dr", "drs", "elec", "ens", "esq", "est", "etc", "ext", "feb", "fla", "fri", "ft", "ga", "gen", "gov", "govs", "hon", "inc", "ind", "insp", "intl", "invt", "jan", "jos", "jr", "jul", "jun", "kan", "kans", "ky", "lieut", "lt", "ltd", "maj", "mar", "md", "messrs", "mich", "minn", "mlle", "mme", "mo", "mon", "mont", "mr", "mrs", "ms", "msgr", "mt", "natl", "neb", "nev", "nov", "oct", "okla", "penn", "pfc", "ph", "plc", "pres", "prof", "profs", "pvt", "rd", "rep", "reps", "rev", "rt", "sen", "sens", "sep", "sept", "seq", "sfc", "sgt", "spc", "sq", "sr", "st", "ste", "supt", "supts", "sys", "tel", "tenn", "thu", "thurs", "treas", "tue", "tues", "univ", "va", "vs", "vt", "wed", "wis", "wisc", "wm", "wyo"]
+_KEEP_STOP = (
+    "adj adm adv al ala alex apr ariz assn assoc asst atty attys aug ave bhd bldg blvd brig bros calif capt cf cie cmdr "
+    "co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb fla fri ft ga gen gov "
+    "govs hon inc ind insp intl invt jan jos jr jul jun kan kans ky lieut lt ltd maj mar md messrs mich minn mlle mme "
+    "mo mon mont mr mrs ms msgr mt natl neb nev nov oct okla penn pfc ph plc pres prof profs pvt rd rep reps rev rt sen "
+    "sens sep sept seq sfc sgt spc sq sr st ste supt supts sys tel tenn thu thurs treas tue tues univ va vs vt wed wis "
+    "wisc wm wyo"
 )
+ABBREVIATIONS = frozenset(_KEEP_STOP.split())
 """Keep their full stop, in any case of letters."""
-ABBREVIATIONS_NOT_UPPER = frozenset(["mfg", "mtg", "ppte", "ppty", "pte", "ptes", "pty", "ptys"])
-ABBREVIATIONS_CAPITAL = frozenset(["ark", "az", "del", "ill", "la", "mass", "miss", "ore", "pa", "tex", "wash"])
+ABBREVIATIONS_NOT_UPPER = frozenset(("mfg", "mtg", "ppte", "ppty", "pte", "ptes", "pty", "ptys"))
+"""The same, but not in capitals throughout."""
+ABBREVIATIONS_CAPITAL = frozenset(("ark", "az", "del", "ill", "la", "mass", "miss", "ore", "pa", "tex", "wash"))
 """Words of the language unless they begin with a capital."""
-ABBREVIATIONS_NUMBERED = frozenset(["art", "ca", "fig", "figs", "no", "nos", "op", "pp", "prop"])
+ABBREVIATIONS_NUMBERED = frozenset(("art", "ca", "fig", "figs", "no", "nos", "op", "pp", "prop"))
 """Keep their full stop before a number."""
 
 LETTER, ALONE, GONE = "é", "§", "\0"
 """How other characters look to the rules: part of a word, a token of its own, or nothing but an end of tokens."""
 
 _AS = {
-    "\xa0": " ", "֊": "-", "‐": "-", "‑": "-", "’": "'", "\x92": "'", "‘": "“", "“": "“", "”": "“", "\x91": "“", "\x93": "“", "\x94": "“",
+    "\xa0": " ", "֊": "-", "‐": "-", "‑": "-", "’": "'", "\x92": "'",
+    "‘": "“", "“": "“", "”": "“", "\x91": "“", "\x93": "“", "\x94": "“",
     "\x80": ALONE, "¤": ALONE, "₠": ALONE, "€": ALONE, "£": ALONE, "¢": ALONE,
     "¼": ALONE, "½": ALONE, "¾": ALONE, "⅓": ALONE, "⅔": ALONE, "⁄": "⁄",
 }  # fmt: skip

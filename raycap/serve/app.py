@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from raycap.config import Config, from_dict
 from raycap.errors import ModelError, RunError
 from raycap.export.folder import MANIFEST, verify
 from raycap.serve.client import wait_healthy
+from raycap.serve.ports import find_port
 
 if TYPE_CHECKING:
     import numpy as np
@@ -145,25 +144,6 @@ def serving(config: Config, model_dir: Path | str, port: int | None = None) -> I
         yield served
     finally:
         served.shutdown()
-
-
-def find_port(host: str, port: int) -> int:
-    """`port` if it can be listened on, a free one for 0; RunError when it is taken or not allowed."""
-    if not 0 <= port <= 65535:  # getaddrinfo would take it modulo 65536
-        raise RunError(f"serve.port={port} is no port: choose 1 to 65535, or 0 for a free one")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            # As the server will: a port whose old connections still fade away is free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return probe.getsockname()[1]
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise RunError(
-                f"port {port} on {host} is in use: stop what listens there, or set serve.port (0 takes a free one)"
-            ) from error
-        raise RunError(f"cannot listen on serve.host={host} serve.port={port}: {error.strerror or error}") from error
 
 
 def _bind(config: Config, folder: Path, name: str):

@@ -227,3 +227,12 @@ def test_damaged_bytes_never_raise():
             for _ in range(rng.randint(1, 8)):
                 bad[rng.randrange(len(bad))] = rng.randrange(256)
             assert open_image(bytes(bad[: rng.randint(1, len(bad))]), 1_000_000) is not None
+
+
+def test_real_pictures_open(shared_data):
+    files = sorted(f for f in shared_data.rglob("images/*") if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".tif"))
+    assert files
+    for file in files:
+        image = open_image(file.read_bytes(), 50_000_000)
+        assert not isinstance(image, str), f"{file.name}: {image}"
+        assert image.mode == "RGB"

@@ -6,20 +6,20 @@ without a GPU; between the stages lie files in the run folder.
 
 from __future__ import annotations
 
-import os
 import shlex
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raycap.cluster import connect
 from raycap.config import Config
 from raycap.errors import GateError, Interrupted, RaycapError, RunError
-from raycap.files import read_json, sha256_folder
+from raycap.files import sha256_folder
+from raycap.pipeline.remote import in_worker, terminable
+from raycap.pipeline.verbs import caption_through, stay
+from raycap.pipeline.verdicts import ranked, verdicts
 
 if TYPE_CHECKING:
     from raycap.data.shards import Shards
@@ -48,9 +48,13 @@ def sweep(
     from raycap.report.ledger import Ledger
     from raycap.report.live import Progress
     from raycap.report.provenance import MemoryMeter
+    from raycap.serve.ports import find_port
     from raycap.tune.space import sample_trials
 
-    sample_trials(config)  # a space that cannot be sampled is told before a folder is made
+    # What cannot work is told before a folder is made, and before hours are spent.
+    sample_trials(config)
+    if keep_serving:
+        find_port(config.serve.host, config.serve.port)
     command = command or shlex.join(["raycap", *sys.argv[1:]])
     ledger = (
         Ledger.reopen(config.run.dir, config, command=command) if resume else Ledger.create(config, command=command)
@@ -62,7 +66,7 @@ def sweep(
     ):
         run = _Run(config, ledger, progress, memory)
         try:
-            with _terminable():
+            with terminable():
                 run.work(resume=resume, keep_serving=keep_serving)
         except KeyboardInterrupt:
             stopped = Interrupted("stopped by Ctrl-C")
@@ -73,6 +77,9 @@ def sweep(
             raise Interrupted(f"{error.message} {_how_to_resume(ledger.folder)}") from error
         except RaycapError as error:
             run.end("failed", error)
+            raise
+        except Exception as error:
+            run.end("failed", RunError(f"unexpected {type(error).__name__}: {error}"))
             raise
     return ledger.folder
 
@@ -167,7 +174,9 @@ class _Run:
         self.progress.phase("serve", f"starting Ray Serve with {variant}")
         with ExitStack() as stack:
             with self.ledger.phase("serve"):
-                served = stack.enter_context(serving(self.config, self.folder / "best" / variant))
+                # Nobody has to find a server that only scores: it takes a free port.
+                port = self.config.serve.port if keep_serving else 0
+                served = stack.enter_context(serving(self.config, self.folder / "best" / variant, port))
                 self.progress.phase("serve", f"captioning the test split through {served.url}")
                 captions["test"]["served"] = caption_through(served.url, shards, "test", self.config.serve.max_batch)
             self.facts["served_equals_local"] = self._compare_served(captions["test"], variant)
@@ -178,7 +187,7 @@ class _Run:
                 from raycap.report.summary import text_summary
 
                 self.progress.done(text_summary(load_run(self.folder)))
-                _stay(self.progress, served)
+                stay(self.progress, served)
 
     def _compare_served(self, captions: Mapping[str, Mapping[str, str]], variant: str) -> dict[str, Any]:
         """How many served captions differ from those of the same model in a local process, and which."""
@@ -220,56 +229,9 @@ class _Run:
                 self.ledger.write_predictions(
                     "test", "worst-trial", captions["test"]["worst"], shards.references("test")
                 )
-            self.facts["verdicts"] = self._verdicts(shards, per_image, found)
+            self.facts["verdicts"] = verdicts(self.config, shards, per_image, found)
             self.facts["collapse"] = self._collapse(shards, captions["test"])
             self.facts["sentence"] = self.facts["verdicts"].get("sentence", "")
-
-    def _verdicts(self, shards: Shards, per_image: dict[str, Any], found: Any) -> dict[str, Any]:
-        """The winner against zero-shot and the constant caption on test, and against the runner-up on validation."""
-        import numpy as np
-
-        from raycap.evaluate.cider import CiderScorer
-        from raycap.evaluate.significance import paired_bootstrap
-
-        if "test" not in per_image:
-            return {}
-        test = per_image["test"]
-        winner = "served" if "served" in test else "adapter"
-        groups = shards.groups("test")
-        verdicts: dict[str, Any] = {"metric": "cider", "split": "test", "winner": winner}
-
-        def against(other: str) -> dict[str, Any]:
-            ids = list(test[winner])
-            verdict = paired_bootstrap(
-                np.array([test[other][i] for i in ids]),
-                np.array([test[winner][i] for i in ids]),
-                groups=[groups[i] for i in ids],
-                resamples=self.config.evaluate.resamples,
-                seed=self.config.run.seed,
-            )
-            return _plain_verdict(verdict)
-
-        for other in ("zero-shot", "constant"):
-            if other in test:
-                verdicts[other] = against(other)
-        ranked = _ranked(found, self.config.train.select_by)
-        if len(ranked) > 1:
-            files = [found.adapters[t] / "val_captions.json" for t in ranked[:2]]
-            first, second = (read_json(file) for file in files)
-            ids = list(first)
-            references = shards.references("val")
-            scorer = CiderScorer({i: references[i] for i in ids})
-            val_groups = shards.groups("val")
-            verdict = paired_bootstrap(
-                np.asarray(scorer.score(second)[1]),
-                np.asarray(scorer.score(first)[1]),
-                groups=[val_groups[i] for i in ids],
-                resamples=self.config.evaluate.resamples,
-                seed=self.config.run.seed,
-            )
-            verdicts["runner-up"] = {"trial": ranked[1], "split": "val", **_plain_verdict(verdict)}
-        verdicts["sentence"] = _sentence(found.best, verdicts)
-        return verdicts
 
     def _collapse(self, shards: Shards, captions: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
         from raycap.evaluate.collapse import collapse
@@ -309,155 +271,6 @@ def train(config: Config, *, resume: bool = False, plain: bool = False, command:
     return sweep(config, resume=resume, plain=plain, command=command)
 
 
-def prepare(config: Config, out: Path, *, plain: bool = False) -> None:
-    """Write `config.data.source` as shards into `out`."""
-    from raycap.data.shards import prepare as write_shards
-    from raycap.report.live import Progress
-
-    with Progress(f"prepare · {out}", plain=plain, phases=("prepare",)) as progress:
-        progress.phase("prepare", f"images of '{config.data.source}'")
-        write_shards(config, out, progress.count)
-
-
-def evaluate(
-    config: Config, model: Path, *, split: str, out: Path | None = None, plain: bool = False
-) -> dict[str, Any]:
-    """Caption a split with a model folder through its HTTP endpoint, and score the answers.
-
-    Returns: split, images, metrics {name: {score, signature}}, predictions (the file, where `out` was given).
-    """
-    from raycap.data.shards import open_shards, prepare_if_needed
-    from raycap.evaluate import score
-    from raycap.files import write_json, write_jsonl
-    from raycap.report.live import Progress
-    from raycap.serve.app import serving
-
-    with Progress(f"evaluate · {model}", plain=plain, phases=("prepare", "serve", "score")) as progress:
-        progress.phase("prepare", f"images of '{config.data.source}'")
-        shards = open_shards(prepare_if_needed(config, progress.count))
-        references = shards.references(split)
-        progress.phase("serve", f"starting Ray Serve with {model}")
-        with connect(config), serving(config, model, port=0) as served:
-            progress.phase("serve", f"captioning {len(references):,} images of {split}")
-            captions = caption_through(served.url, shards, split, config.serve.max_batch)
-        progress.phase("score", ", ".join(config.evaluate.metrics))
-        scores = score(captions, references, config.evaluate.metrics, lang=config.evaluate.lang)
-    found: dict[str, Any] = {
-        "split": split,
-        "images": len(captions),
-        "metrics": {name: {"score": s.score, "signature": s.signature} for name, s in scores.items()},
-    }
-    if out is not None:
-        rows = [{"image_id": i, "caption": c, "references": references[i]} for i, c in captions.items()]
-        found["predictions"] = str(write_jsonl(out / f"{split}.jsonl", rows))
-        write_json(out / "metrics.json", found)
-    return found
-
-
-def caption(config: Config, model: Path, pictures: Sequence[Path]) -> list[str]:
-    """Captions of picture files, in order, in this process.
-
-    Raises:
-        DataError: a file that is no picture, named.
-    """
-    import io
-
-    from PIL import Image
-
-    from raycap.data.clean import BadImage, check_image
-    from raycap.errors import DataError
-    from raycap.export.captioner import Captioner
-
-    checked = []
-    for picture in pictures:
-        found = check_image(picture.read_bytes())
-        if isinstance(found, BadImage):
-            raise DataError(f"{picture}: {found.error}")
-        checked.append(found.data)
-    captioner = Captioner.load(config, model)
-    return captioner.caption([captioner.prepare(Image.open(io.BytesIO(data)).convert("RGB")) for data in checked])
-
-
-def serve(config: Config, model: Path, *, plain: bool = False) -> None:
-    """Serve a model folder until Ctrl-C or SIGTERM."""
-    from raycap.report.live import Progress
-    from raycap.serve.app import serving
-
-    with Progress(f"serve · {model}", plain=plain, phases=("serve",)) as progress:
-        progress.phase("serve", "starting Ray Serve")
-        with _terminable(), connect(config), serving(config, model) as served:
-            _stay(progress, served)
-
-
-def caption_through(url: str, shards: Shards, split: str, batch: int) -> dict[str, str]:
-    """Image id -> caption of a whole split, asked of a server in requests of `batch` images."""
-    from raycap.serve.client import caption_images
-
-    ids: list[str] = []
-
-    def named() -> Iterator[tuple[str, bytes]]:
-        for row in shards.iter_rows(split, ("image_id", "image")):
-            ids.append(row["image_id"])
-            yield row["image_id"], row["image"]["bytes"]
-
-    answers = caption_images(url, named(), batch=batch)
-    return dict(zip(ids, answers, strict=True))
-
-
-def _stay(progress: Progress, served: Any) -> None:
-    progress.done(
-        f"serving {served.name} at {served.url} until Ctrl-C. Caption a picture of yours:\n"
-        f"  curl -F images=@photo.jpg {served.url}/v1/captions"
-    )
-    try:
-        while True:
-            time.sleep(1)
-    except (KeyboardInterrupt, Interrupted):
-        pass
-
-
-def in_worker(
-    ray: Any,
-    work: Callable[..., dict[str, Any]],
-    *arguments: Any,
-    log: Path,
-    say: Callable[[str], None],
-    **options: Any,
-) -> dict[str, Any]:
-    """Run `work` in a Ray worker with all of a node's cores (and a GPU where there is one); what it says reaches `say`.
-
-    Raises what `work` raised where that is an error of ours, and RunError with the end of its traceback otherwise.
-    """
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("", encoding="utf-8")
-    task = ray.remote(_logged).options(num_cpus=1, num_gpus=gpus, max_retries=1)
-    future = task.remote(work, str(log.absolute()), arguments, options)
-    last = ""
-    while not ray.wait([future], timeout=0.5)[0]:
-        lines = log.read_text(encoding="utf-8").splitlines()
-        if lines and lines[-1] != last:
-            last = lines[-1]
-            say(last)
-    try:
-        return ray.get(future)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, RaycapError):
-            raise cause from error
-        raise RunError(f"{work.__name__} failed: {type(cause).__name__}: {cause}\n{error.traceback_str}") from error
-
-
-def _logged(work: Callable[..., Any], log: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """In the worker: `work` with a `say` that appends to `log`, and threads for all cores (Ray would give it one)."""
-
-    def say(message: str) -> None:
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(message + "\n")
-
-    return work(*arguments, **options, threads=os.cpu_count() or 1, say=say)
-
-
 def picture_ids(shards: Shards) -> list[str]:
     """The test images that a report shows: evenly spread over the split."""
     ids = list(shards.references("test"))
@@ -472,59 +285,10 @@ def base_sha256(config: Config) -> str:
     return sha256_folder(path, "*.safetensors") if path.is_dir() else ""
 
 
-def _ranked(found: Any, select_by: str) -> list[str]:
-    scored = [(t.score(select_by), t.trial_id) for t in found.trials if t.trial_id in found.adapters]
-    return [trial_id for _, trial_id in sorted(scored, key=lambda s: (-s[0], s[1]))]
-
-
 def _worst(found: Any, select_by: str) -> str | None:
-    ranked = _ranked(found, select_by)
-    return ranked[-1] if len(ranked) > 1 else None
-
-
-def _plain_verdict(verdict: Any) -> dict[str, Any]:
-    return {name: getattr(verdict, name) for name in ("difference", "low", "high", "p", "sentence")}
-
-
-def _sentence(best: str, verdicts: Mapping[str, Any]) -> str:
-    """One honest sentence on the winner: this adapter, never this setting, for a setting needs several seeds."""
-
-    def clause(name: str, other: str) -> str:
-        found = verdicts[other]
-        interval = f"{found['difference']:+.3f} [{found['low']:.3f}, {found['high']:.3f}]"
-        if found["low"] > 0:
-            return f"beats {name} by CIDEr {interval}"
-        if found["high"] < 0:
-            return f"is worse than {name}: CIDEr {interval}"
-        return f"cannot be told apart from {name} (CIDEr {interval})"
-
-    parts = [clause(name, other) for name, other in (("zero-shot", "zero-shot"), ("the constant caption", "constant"))
-             if other in verdicts]  # fmt: skip
-    text = f"On test, the adapter of {best} " + " and ".join(parts)
-    if "runner-up" in verdicts:
-        runner = verdicts["runner-up"]
-        text += "; on validation it " + clause(f"the runner-up {runner['trial']}", "runner-up")
-    return text + "."
+    order = ranked(found, select_by)
+    return order[-1] if len(order) > 1 else None
 
 
 def _how_to_resume(folder: Path) -> str:
     return f"Go on with: raycap sweep --resume {folder}"
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a stage as Ctrl-C does (`ray job stop` sends it)."""
-    import threading
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name}.")
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,124 @@
+"""The parts of the main job that a person asks for alone: prepare, evaluate, caption, serve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raycap.cluster import connect
+from raycap.config import Config
+from raycap.errors import Interrupted
+from raycap.pipeline.remote import terminable
+
+if TYPE_CHECKING:
+    from raycap.data.shards import Shards
+    from raycap.report.live import Progress
+
+
+def prepare(config: Config, out: Path, *, plain: bool = False) -> None:
+    """Write `config.data.source` as shards into `out`."""
+    from raycap.data.shards import prepare as write_shards
+    from raycap.report.live import Progress
+
+    with Progress(f"prepare · {out}", plain=plain, phases=("prepare",)) as progress:
+        progress.phase("prepare", f"images of '{config.data.source}'")
+        write_shards(config, out, progress.count)
+
+
+def evaluate(
+    config: Config, model: Path, *, split: str, out: Path | None = None, plain: bool = False
+) -> dict[str, Any]:
+    """Caption a split with a model folder through its HTTP endpoint, and score the answers.
+
+    Returns: split, images, metrics {name: {score, signature}}, predictions (the file, where `out` was given).
+    """
+    from raycap.data.shards import open_shards, prepare_if_needed
+    from raycap.evaluate import score
+    from raycap.files import write_json, write_jsonl
+    from raycap.report.live import Progress
+    from raycap.serve.app import serving
+
+    with Progress(f"evaluate · {model}", plain=plain, phases=("prepare", "serve", "score")) as progress:
+        progress.phase("prepare", f"images of '{config.data.source}'")
+        shards = open_shards(prepare_if_needed(config, progress.count))
+        references = shards.references(split)
+        progress.phase("serve", f"starting Ray Serve with {model}")
+        with connect(config), serving(config, model, port=0) as served:
+            progress.phase("serve", f"captioning {len(references):,} images of {split}")
+            captions = caption_through(served.url, shards, split, config.serve.max_batch)
+        progress.phase("score", ", ".join(config.evaluate.metrics))
+        scores = score(captions, references, config.evaluate.metrics, lang=config.evaluate.lang)
+    found: dict[str, Any] = {
+        "split": split,
+        "images": len(captions),
+        "metrics": {name: {"score": s.score, "signature": s.signature} for name, s in scores.items()},
+    }
+    if out is not None:
+        rows = [{"image_id": i, "caption": c, "references": references[i]} for i, c in captions.items()]
+        found["predictions"] = str(write_jsonl(out / f"{split}.jsonl", rows))
+        write_json(out / "metrics.json", found)
+    return found
+
+
+def caption(config: Config, model: Path, pictures: Sequence[Path]) -> list[str]:
+    """Captions of picture files, in order, in this process.
+
+    Raises:
+        DataError: a file that is no picture, named.
+    """
+    import io
+
+    from PIL import Image
+
+    from raycap.data.clean import BadImage, check_image
+    from raycap.errors import DataError
+    from raycap.export.captioner import Captioner
+
+    checked = []
+    for picture in pictures:
+        found = check_image(picture.read_bytes())
+        if isinstance(found, BadImage):
+            raise DataError(f"{picture}: {found.error}")
+        checked.append(found.data)
+    captioner = Captioner.load(config, model)
+    return captioner.caption([captioner.prepare(Image.open(io.BytesIO(data)).convert("RGB")) for data in checked])
+
+
+def serve(config: Config, model: Path, *, plain: bool = False) -> None:
+    """Serve a model folder until Ctrl-C or SIGTERM."""
+    from raycap.report.live import Progress
+    from raycap.serve.app import serving
+
+    with Progress(f"serve · {model}", plain=plain, phases=("serve",)) as progress:
+        progress.phase("serve", "starting Ray Serve")
+        with terminable(), connect(config), serving(config, model) as served:
+            stay(progress, served)
+
+
+def caption_through(url: str, shards: Shards, split: str, batch: int) -> dict[str, str]:
+    """Image id -> caption of a whole split, asked of a server in requests of `batch` images."""
+    from raycap.serve.client import caption_images
+
+    ids: list[str] = []
+
+    def named() -> Iterator[tuple[str, bytes]]:
+        for row in shards.iter_rows(split, ("image_id", "image")):
+            ids.append(row["image_id"])
+            yield row["image_id"], row["image"]["bytes"]
+
+    answers = caption_images(url, named(), batch=batch)
+    return dict(zip(ids, answers, strict=True))
+
+
+def stay(progress: Progress, served: Any) -> None:
+    progress.done(
+        f"serving {served.name} at {served.url} until Ctrl-C. Caption a picture of yours:\n"
+        f"  curl -F images=@photo.jpg {served.url}/v1/captions"
+    )
+    try:
+        while True:
+            time.sleep(1)
+    except (KeyboardInterrupt, Interrupted):
+        pass
