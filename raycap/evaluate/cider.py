@@ -129,7 +129,7 @@ class CiderScorer:
             offset = np.arange(len(mine)) - np.repeat(np.cumsum(run) - run, run)
             theirs = np.repeat(first, run) + offset
             product = np.minimum(mine, order.weight[theirs]) * order.weight[theirs]
-            value_S = np.bincount(order.caption[theirs], product, minlength=len(self._image))
+            value_S = np.bincount(order.caption[theirs], product, minlength=len(self._image)).astype(np.float64)
             scale_S = norm_C[hyp_S] * order.norm
             np.divide(value_S, scale_S, out=value_S, where=scale_S != 0)
             total_S += value_S * penalty_S

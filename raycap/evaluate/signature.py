@@ -8,10 +8,13 @@ from typing import Any
 from raycap import __version__
 from raycap.files import sha256_json
 
+_ORDER = ("variant", "tok", "df", "len", "beta", "refs", "lang", "n")
+
 
 def signature(name: str, **parts: object) -> str:
-    """`name|key:value|...|v:version`, keys in the order given."""
-    return "|".join([name, *(f"{key}:{value}" for key, value in parts.items()), f"v:{__version__}"])
+    """`name|key:value|...|v:version`; the keys in one order, so that equal signatures are equal texts."""
+    ordered = sorted(parts, key=_ORDER.index)
+    return "|".join([name, *(f"{key}:{parts[key]}" for key in ordered), f"v:{__version__}"])
 
 
 def reference_hash(references: Mapping[Any, Sequence[str]]) -> str:
