@@ -4,9 +4,9 @@
     python benchmarks/sweep_vs_trainer.py --data ../shared/data/flickr8k           a folder with captions.jsonl
     python benchmarks/sweep_vs_trainer.py --quick                                  does it work? (figures mean nothing)
 
-All sides get the same trials, the same samples at the same step, the same shards, NF4 base, tokeniser, rungs, validation
-images and decoding. Each runs in a fresh process that starts with empty caches; its seconds are those of the process.
-Rounds go through the sides in turn. Preparing the shards comes before, once, and is not counted for anybody.
+All sides get the same trials, the same samples at the same step, the same shards, NF4 base, tokeniser, rungs,
+validation images and decoding. Each runs in a fresh process that starts with empty caches; its seconds are those of the
+process. Rounds go through the sides in turn. Preparing the shards comes before, once, and is not counted for anybody.
 Figures as JSON on stdout, progress on stderr. What is compared, and how the peers were tuned: docs/decisions.md.
 """
 
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ QUICK = ("train.steps=18", "train.batch=8", "train.val_images=16", "train.warmup
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the side that runs is ended too
     out = Path(options.out or tempfile.mkdtemp(prefix="raycap-benchmark-")).absolute()
     out.mkdir(parents=True, exist_ok=True)
     config = settings(options, out)
@@ -71,9 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", help="folder for the sides' files; default: a temporary one")
     parser.add_argument("--dataloader-workers", type=int, default=0, help="of the Trainer peers")
     parser.add_argument("--asha-cpus", type=int, default=1, help="CPUs of one ASHA trial; the others run beside it")
-    parser.add_argument(
-        "--asha-gpus", type=float, default=0.25, help="share of a GPU of one ASHA trial, where there is one"
-    )
+    parser.add_argument("--asha-gpus", type=float, default=0.25, help="share of a GPU of one ASHA trial")
     parser.add_argument("--trainer-eval", choices=("end", "rungs"), default="end", help="when peer 1 makes captions")
     parser.add_argument("--timeout", type=float, default=6 * 3600.0, help="seconds that one side may take")
     options = parser.parse_intermixed_args(arguments)
@@ -104,7 +104,7 @@ def settings(options: argparse.Namespace, out: Path) -> Any:
 
 
 def shared_job(config: Any, options: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """What all sides are given: shards, trials, the sample order, rungs, decoding; written for processes of their own."""
+    """What all sides are given: shards, trials, the sample order, rungs, decoding."""
     import numpy as np
     import torch
 

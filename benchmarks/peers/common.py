@@ -9,7 +9,6 @@ Shapes: N images, B rows, T text positions.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import time
@@ -29,9 +28,9 @@ def read_job(path: str | Path) -> Job:
 
 
 def prepare_data(job: Job) -> dict[str, Any]:
-    """Decode, resize and normalise every image once, tokenise every caption once: plain numpy, to be shared by all runs.
+    """Decode, resize and normalise every image once, tokenise every caption once: plain numpy, shared by all runs.
 
-    Small sets fit into memory whole; decoding them anew in each run, or in DataLoader workers, would be the slower peer.
+    Small sets fit into memory whole; decoding them anew in each run, or in DataLoader workers, would be slower.
     """
     import numpy as np
     from datasets import Dataset
@@ -130,8 +129,12 @@ def add_lora(model: Any, trial: dict[str, Any]) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=trial["r"], lora_alpha=trial["alpha"], lora_dropout=trial["dropout"], target_modules=trial["modules"], bias="none"
-    )  # fmt: skip
+        r=trial["r"],
+        lora_alpha=trial["alpha"],
+        lora_dropout=trial["dropout"],
+        target_modules=trial["modules"],
+        bias="none",
+    )
     return get_peft_model(model, config)
 
 
@@ -219,7 +222,7 @@ def train_one(job: Job, trial: dict[str, Any], data: dict[str, Any], captions: C
     """One Trainer run of one setting; `notes` takes what it cost, also when `report` ends it early."""
     import numpy as np
     import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     began = time.perf_counter()
     set_seed(trial["seed"])
@@ -276,7 +279,7 @@ def train_one(job: Job, trial: dict[str, Any], data: dict[str, Any], captions: C
         data_collator=Collate(captions.tokenizer.pad_token_id),
         callbacks=[AtRungs()],
     )
-    trainer.pop_callback("PrinterCallback")
+    trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
     try:
         trainer.train()
@@ -304,5 +307,5 @@ def noting(job: Job, trial: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield notes
     finally:
         notes["ended"] = time.time()
-        with io.open(Path(job["work"]) / "trials.jsonl", "a", encoding="utf-8") as file:
+        with open(Path(job["work"]) / "trials.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(notes) + "\n")

@@ -2,8 +2,8 @@
 
 python -m benchmarks.peers.raycap_sweep JOB.json          (written and called by benchmarks/sweep_vs_trainer.py)
 
-It delivers what the peers deliver: every trial trained or stopped, the best adapter, its validation captions. The engine
-is the product's own, wrapped by a stopwatch.
+It delivers what the peers deliver: every trial trained or stopped, the best adapter, its validation captions. The
+engine is the product's own, wrapped by a stopwatch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.peers.common import read_job
 
 
 def timed_engine(config: Any, job: dict[str, Any], log: Any) -> tuple[Any, Any, Any]:
-    """What raycap.train.worker.build_engine builds, with the seconds of its calls written to logs/<pack>.seconds.json."""
+    """What raycap.train.worker.build_engine builds; the seconds of its calls go to logs/<pack>.seconds.json."""
     from raycap.train.worker import build_engine
 
     engine, checkpoints, feed = build_engine(config, job, log)

@@ -1,9 +1,9 @@
-"""Peer 1: one `transformers.Trainer` + peft + bitsandbytes run a setting, one after the other, each with the full budget.
+"""Peer 1: one `transformers.Trainer` + peft + bitsandbytes run a setting, in sequence, each with the full budget.
 
 python -m benchmarks.peers.trainer_sequence JOB.json      (written and called by benchmarks/sweep_vs_trainer.py)
 
-The settings run in one process, so that imports and the images' decoding are paid once; a script started once a setting,
-which is what most people have, pays them each time.
+The settings run in one process, so that imports and the images' decoding are paid once; a script started once a
+setting, which is what most people have, pays them each time.
 """
 
 from __future__ import annotations

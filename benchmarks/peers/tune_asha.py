@@ -2,9 +2,9 @@
 
 python -m benchmarks.peers.tune_asha JOB.json             (written and called by benchmarks/sweep_vs_trainer.py)
 
-`reuse_actors` keeps a trial's process and its imports for the next one, `tune.with_parameters` shares the decoded images
-through the object store, rungs report the CIDEr of generated captions with the adapter as checkpoint, and as many trials
-run side by side as the machine has room for.
+`reuse_actors` keeps a trial's process and its imports for the next one, `tune.with_parameters` shares the decoded
+images through the object store, rungs report the CIDEr of generated captions with the adapter as checkpoint, and as
+many trials run side by side as the machine has room for.
 """
 
 from __future__ import annotations

@@ -29,8 +29,10 @@ from raycap.tune.space import sample_trials
 
 WATCH_S = 0.5
 """Time between two looks at the board, each of which reaches `on_progress`."""
-CALL_TIMEOUT_S = 30.0
-"""How long the board may take to answer while a sweep is stopped."""
+CALL_TIMEOUT_S = 10.0
+"""How long the board may take to answer before that is taken for silence."""
+SILENCE_S = 120.0
+"""Silence of the board after which the sweep is given up; a board that was killed is back within seconds."""
 STOP_WAIT_S = 60.0
 """How long packs may take to write their last checkpoint after Ctrl-C."""
 
@@ -148,7 +150,7 @@ class _Sweep:
         try:
             with _signals() as signals:
                 while True:
-                    last = self.ray.get(self.board.snapshot.remote())
+                    last = self._look(signals) or last
                     written = self._write_trials(last, written)
                     if on_progress:
                         on_progress(last)
@@ -160,6 +162,22 @@ class _Sweep:
                     signals.wait(WATCH_S)
         finally:
             self._end()
+
+    def _look(self, signals: _Signals) -> dict[str, Any] | None:
+        """The board's snapshot; None when a signal came while it was silent.
+
+        Every call has a time-out: a signal that takes Ray's own processes down with us must not leave us waiting.
+        """
+        deadline = time.monotonic() + SILENCE_S
+        while time.monotonic() < deadline:
+            try:
+                return self.ray.get(self.board.snapshot.remote(), timeout=CALL_TIMEOUT_S)
+            except self.ray.exceptions.GetTimeoutError:
+                if signals.count:
+                    return None
+            except self.ray.exceptions.RayError as error:
+                raise RunError(f"the sweep's board is gone: {_last_line(error)}. Go on with --resume.") from error
+        raise RunError(f"Ray has not answered for {SILENCE_S:.0f} s. Go on with --resume once it does.")
 
     def _check(self, last: dict[str, Any]) -> None:
         """Raise what stopped the sweep; judge cohorts that no client can ask Tune about."""
@@ -189,14 +207,16 @@ class _Sweep:
 
     def _stop(self, signals: _Signals) -> None:
         """First signal: packs write a checkpoint and return. Second: leave at once."""
-        self.ray.get(self.board.stop.remote(), timeout=CALL_TIMEOUT_S)
-        deadline, last = time.monotonic() + STOP_WAIT_S, {}
-        whole = False
-        while signals.count < 2 and not whole and time.monotonic() < deadline:
-            signals.wait(0.1)
-            last = self.ray.get(self.board.snapshot.remote(), timeout=CALL_TIMEOUT_S)
-            whole = all(pack["bye"] for pack in last["packs"].values()) if last["packs"] else True
-        self._write_trials(last, "")
+        deadline, whole = time.monotonic() + STOP_WAIT_S, False
+        try:
+            self.ray.get(self.board.stop.remote(), timeout=CALL_TIMEOUT_S)
+            while signals.count < 2 and not whole and time.monotonic() < deadline:
+                signals.wait(0.1)
+                last = self.ray.get(self.board.snapshot.remote(), timeout=CALL_TIMEOUT_S)
+                self._write_trials(last, "")
+                whole = all(pack["bye"] for pack in last["packs"].values())
+        except self.ray.exceptions.RayError:
+            pass  # Ray was told to end together with us; the last checkpoint is what there is
         how = "every running trial is checkpointed" if whole else "what was not checkpointed yet will be trained again"
         raise Interrupted(f"stopped by {signals.name}; {how}. Go on with the same command and --resume.")
 
@@ -205,7 +225,7 @@ class _Sweep:
         try:
             self.ray.get(self.board.stop.remote(), timeout=5)
             for worker in (self.tune, *self.packs):
-                worker.join(timeout=10)
+                worker.join(timeout=5)
             self.ray.kill(self.board)
         except Exception:  # on the way out: the first error, or the result, is what counts
             pass

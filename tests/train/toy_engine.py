@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from raycap.errors import DataError
 from raycap.files import read_json, write_json
 
 
@@ -52,7 +53,9 @@ class ToyEngine:
             slot["weight"] += slot["spec"].lr * (0.5 + rng.random())
             slot["mates"] = math.fmod(slot["mates"] * 1.000001 + company, 1e9)
             loss = math.nan if slot["spec"].lr > 0.9 and slot["step"] >= 5 else 1 / (1 + slot["weight"])
-            found[t] = SimpleNamespace(step=slot["step"], loss=loss, grad_norm=1.0, lr=slot["spec"].lr, finite=loss == loss)
+            found[t] = SimpleNamespace(
+                step=slot["step"], loss=loss, grad_norm=1.0, lr=slot["spec"].lr, finite=loss == loss
+            )
         return found
 
     def evaluate(self, trial_ids):
@@ -91,3 +94,7 @@ def build(config, job, log):
 
 def build_slow(config, job, log):
     return ToyEngine(step_s=0.01), ToyCheckpoints, None
+
+
+def build_broken(config, job, log):
+    raise DataError("shard train-00003.parquet, row group 2: cannot be read (it was poisoned)")

@@ -35,7 +35,10 @@ class Tune:
         self.random.shuffle(order)
         for trial in order:
             event = self.board.next_event(trial, f"client of {trial}", self.running[trial])
-            if event is None or event["kind"] == "lost":
+            if event and event["kind"] == "lost":
+                self.board.lease(trial, f"client of {trial}")
+                continue
+            if event is None:
                 continue
             self.running[trial] += 1
             if event["kind"] == "rung":

@@ -1,0 +1,119 @@
+"""`raycap score`: the formats it takes, what it says of odd files, its exit codes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from raycap.cli import main
+from raycap.files import read_jsonl, write_json, write_jsonl
+
+TEXT = ["--metrics", "bleu,cider", "--tokeniser", "ptb-py"]
+
+
+@pytest.fixture
+def files(tmp_path, golden):
+    predictions, references = golden
+    write_jsonl(tmp_path / "p.jsonl", [{"image_id": i, "caption": c} for i, c in predictions.items()])
+    write_jsonl(tmp_path / "r.jsonl", [{"image_id": i, "captions": c} for i, c in references.items()])
+    return tmp_path
+
+
+def run_json(capsys, *arguments):
+    code = main(["score", *map(str, arguments), "--json"])
+    out = capsys.readouterr()
+    assert code == 0, out.err
+    return json.loads(out.out)
+
+
+def test_jsonl(files, capsys, golden):
+    from raycap.evaluate import score
+
+    found = run_json(capsys, files / "p.jsonl", files / "r.jsonl", *TEXT, "--per-image", files / "each.jsonl")
+    with pytest.warns(UserWarning, match="from 12 images"):
+        wanted = score(*golden, ("bleu", "cider"), tokeniser="ptb-py")
+    assert found["images"] == 12
+    assert {n: m["score"] for n, m in found["metrics"].items()} == {n: s.score for n, s in wanted.items()}
+    assert found["metrics"]["cider"]["signature"] == wanted["cider"].signature
+    assert any("from 12 images" in note for note in found["notes"])
+    rows = read_jsonl(files / "each.jsonl")
+    assert [row["image_id"] for row in rows] == list(golden[0])
+    assert rows[0]["cider"] == wanted["cider"].per_image["g01"]
+
+
+def test_coco_files_score_the_same(files, capsys, golden):
+    predictions, references = golden
+    ids = {name: n for n, name in enumerate(predictions)}
+    write_json(files / "results.json", [{"image_id": ids[i], "caption": c} for i, c in predictions.items()])
+    annotations = [{"id": 7, "image_id": ids[i], "caption": c} for i, captions in references.items() for c in captions]
+    write_json(files / "captions.json", {"images": [{"id": n} for n in ids.values()], "annotations": annotations})
+    coco = run_json(capsys, files / "results.json", files / "captions.json", *TEXT)
+    lines = run_json(capsys, files / "p.jsonl", files / "r.jsonl", *TEXT)
+    assert {n: m["score"] for n, m in coco["metrics"].items()} == {n: m["score"] for n, m in lines["metrics"].items()}
+
+
+def test_published_results_file(fakecap, shared_data, tmp_path, capsys):
+    write_jsonl(tmp_path / "r.jsonl", [{"image_id": r["image_id"], "captions": r["references_raw"]} for r in fakecap])
+    results = shared_data / "coco_fakecap" / "captions_val2014_fakecap_results.json"
+    expected = json.loads((shared_data / "coco_fakecap" / "expected_scores.json").read_text(encoding="utf-8"))
+    found = run_json(capsys, results, tmp_path / "r.jsonl", *TEXT)
+    assert found["metrics"]["cider"]["score"] == pytest.approx(expected["recomputed"]["CIDEr"], abs=1e-6)
+    assert found["metrics"]["bleu4"]["score"] == pytest.approx(expected["recomputed"]["Bleu_4"], abs=1e-6)
+
+
+def test_a_run_folders_predictions_stand_for_both(files, capsys, golden):
+    predictions, references = golden
+    rows = [{"image_id": i, "caption": c, "references": references[i]} for i, c in predictions.items()]
+    write_jsonl(files / "test.served.jsonl", rows)
+    assert run_json(capsys, files / "test.served.jsonl", files / "test.served.jsonl", *TEXT)["images"] == 12
+
+
+def test_what_does_not_match_is_said_and_counted(files, capsys, golden):
+    predictions, references = golden
+    rows = [{"image_id": i, "caption": c} for i, c in predictions.items()][:-2]
+    rows += [{"image_id": "g01", "caption": "again"}, {"image_id": "zz", "caption": "a stranger"}]
+    rows[3]["caption"] = " "
+    write_jsonl(files / "p.jsonl", rows)
+    lines = [{"image_id": i, "captions": [*c, ""]} for i, c in references.items()]
+    write_jsonl(files / "r.jsonl", lines)
+    found = run_json(capsys, files / "p.jsonl", files / "r.jsonl", *TEXT)
+    assert found["images"] == 10
+    said = " / ".join(found["notes"])
+    for part in ("1 further caption", "1 of 11 captions are empty", "1 of 11 predictions have no references", "zz",
+                 "12 empty references", "2 of 12 images with references have no prediction", "'g11'"):  # fmt: skip
+        assert part in said, (part, said)
+
+
+def test_table(files, capsys):
+    assert main(["score", str(files / "p.jsonl"), str(files / "r.jsonl"), *TEXT]) == 0
+    out = capsys.readouterr().out
+    assert "12 images" in out and "cider|variant:D|tok:ptb-py" in out and "note: CIDEr" in out
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "options", "said"),
+    [
+        ("nowhere.jsonl", "r.jsonl", [], "nowhere.jsonl cannot be read"),
+        ("broken.jsonl", "r.jsonl", [], "broken.jsonl:2 is not JSON"),
+        ("empty.jsonl", "r.jsonl", [], "holds no predictions"),
+        ("r.jsonl", "r.jsonl", [], "'caption' is None"),
+        ("p.jsonl", "p2.jsonl", [], "nothing to score"),
+        ("p.jsonl", "r.jsonl", ["--metrics", "cidr"], "did you mean 'cider'"),
+        ("p.jsonl", "r.jsonl", ["--metrics", ","], "names no metric"),
+        ("p.jsonl", "r.jsonl", ["--tokeniser", "pbt"], "did you mean 'ptb'"),
+        ("p.jsonl", "r.jsonl", ["--lang", "de"], "--lang"),
+        ("p.jsonl", "r.jsonl", ["--metrics", "meteor", "--lang", "ja"], "English"),
+    ],
+)
+def test_misuse_ends_with_two(files, capsys, predictions, references, options, said):
+    (files / "broken.jsonl").write_text('{"image_id": 1, "caption": "a"}\n{"image_id": 2,\n')
+    (files / "empty.jsonl").write_text("\n")
+    write_jsonl(files / "p2.jsonl", [{"image_id": 99, "captions": ["a dog"]}])
+    assert main(["score", str(files / predictions), str(files / references), *(options or TEXT)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert main(["score", "--help"]) == 0
+    assert "raycap score results.json captions_val2014.json" in capsys.readouterr().out

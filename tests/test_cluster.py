@@ -1,0 +1,77 @@
+"""Reaching Ray: clear words instead of long waits."""
+
+from __future__ import annotations
+
+import socket
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from raycap import cluster
+from raycap.config import from_dict
+from raycap.errors import RunError
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"  # bound, not listening
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        began = time.monotonic()
+        with pytest.raises(RunError, match=f"RAY_ADDRESS={address}.*ray start --head"):
+            cluster.probe(address)
+        assert time.monotonic() - began < cluster.PROBE_TIMEOUT_S + 1
+
+
+def test_an_address_that_is_none_is_refused():
+    with pytest.raises(RunError, match="not host:port"):
+        cluster.probe("my-cluster")
+
+
+def test_an_address_that_listens_passes():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        cluster.probe(f"127.0.0.1:{server.getsockname()[1]}")
+        cluster.probe(f"ray://127.0.0.1:{server.getsockname()[1]}")
+    cluster.probe("auto")
+
+
+def fake(**resources):
+    return SimpleNamespace(cluster_resources=lambda: resources)
+
+
+def test_a_pack_takes_a_cpu_and_a_gpu_where_there_are_any():
+    assert cluster.pack_resources(fake(CPU=2), 1, 6) == {"CPU": 1.0}
+    assert cluster.pack_resources(fake(CPU=2, GPU=1), 1, 6) == {"CPU": 1.0, "GPU": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("have", "packs", "said"),
+    [({"CPU": 2}, 2, "needs 2.85 CPUs"), ({"CPU": 64, "GPU": 2}, 3, "asks for 3 GPUs, the cluster has 2")],
+)
+def test_packs_that_cannot_all_run_are_refused_before_train_waits_for_ever(have, packs, said):
+    with pytest.raises(RunError, match=said):
+        cluster.pack_resources(fake(**have), packs, 12)
+
+
+def test_a_private_ray_has_room_for_what_the_sweep_books(monkeypatch):
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 1)
+    for packs in (1, 2, 4):
+        config = from_dict({"tune": {"packs": packs, "slots": 8}})
+        cpus = cluster._embedded_cpus(config)
+        assert cluster.pack_resources(fake(CPU=cpus), packs, packs * 8)
+
+
+def test_a_private_ray_gets_a_token_that_is_written_nowhere(monkeypatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster._own_token()
+    assert "RAY_AUTH_TOKEN" not in cluster.os.environ
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    cluster._own_token()
+    token = cluster.os.environ["RAY_AUTH_TOKEN"]
+    assert len(token) == 64
+    cluster._own_token()
+    assert cluster.os.environ["RAY_AUTH_TOKEN"] == token
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
