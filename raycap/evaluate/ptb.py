@@ -107,8 +107,9 @@ _SPLIT = {
     "cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"), "wanna": ("wan", "na"),
     "lemme": ("lem", "me"), "gimme": ("gim", "me"),
 }  # fmt: skip
-# Most of a caption: a word of plain letters, with nothing after it that another rule could take in.
-_PLAIN = re.compile(r"([A-Za-z]+)(?= |$|, |,$)")
+# Most of a caption: a plain word, with nothing after it that another rule could take in.
+_PLAIN = re.compile(r"([A-Za-z][A-Za-z0-9]*)(?= |$|, |,$)")
+_PLAIN_AT_STOP = re.compile(r"([A-Za-z]{2,})\.(?= |$)")
 _ABBREVIATION = re.compile(r"([A-Za-z]+)\.")
 _BEFORE_NUMBER = re.compile(r" ?\d")
 _LETTERS = re.compile(r"[A-Za-zé0-9]")
@@ -141,6 +142,11 @@ class Ptb:
             plain = _PLAIN.match(seen, at)
             if plain:
                 word = plain[1].lower()
+                found.extend(_SPLIT.get(word) or (word,))
+                at = plain.end()
+                continue
+            plain = _PLAIN_AT_STOP.match(seen, at)
+            if plain and (word := plain[1].lower()) not in tables.ALL_ABBREVIATIONS:
                 found.extend(_SPLIT.get(word) or (word,))
                 at = plain.end()
                 continue

@@ -53,6 +53,7 @@ ABBREVIATIONS_CAPITAL = frozenset(("ark", "az", "del", "ill", "la", "mass", "mis
 """Words of the language unless they begin with a capital."""
 ABBREVIATIONS_NUMBERED = frozenset(("art", "ca", "fig", "figs", "no", "nos", "op", "pp", "prop"))
 """Keep their full stop before a number."""
+ALL_ABBREVIATIONS = ABBREVIATIONS | ABBREVIATIONS_NOT_UPPER | ABBREVIATIONS_CAPITAL | ABBREVIATIONS_NUMBERED
 
 LETTER, ALONE, GONE = "é", "§", "\0"
 """How other characters look to the rules: part of a word, a token of its own, or nothing but an end of tokens."""

@@ -1,10 +1,9 @@
-"""Model families by name, and loading one of them."""
+"""Model families by name, and how one of their models is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from importlib import import_module
+from importlib import import_module, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,37 +14,40 @@ if TYPE_CHECKING:
     from raycap.models.base import CaptionModel, Family
 
 FAMILIES: dict[str, str] = {"git": "raycap.models.git:Git"}
-BUILTIN = "builtin:"
+BUILTIN: dict[str, str] = {"builtin:tiny-git": "tiny/git"}
 
 
-def register(name: str, place: str) -> None:
+def register_family(name: str, place: str) -> None:
     """Add a family as "module:attribute"; a name that is taken is refused."""
     if name in FAMILIES:
-        raise ConfigError(f"model family '{name}' is registered already, as {FAMILIES[name]}")
+        raise ConfigError(f"model.family '{name}' is registered already, as {FAMILIES[name]}")
     FAMILIES[name] = place
 
 
 def load_family(name: str) -> Family:
     if name not in FAMILIES:
-        raise ConfigError(f"model.family={name!r}; {did_you_mean(name, FAMILIES)}")
-    module, attribute = FAMILIES[name].split(":")
+        raise ConfigError(f"model.family={name!r} is not known; {did_you_mean(name, FAMILIES)}")
+    module, _, attribute = FAMILIES[name].partition(":")
     return getattr(import_module(module), attribute)()
 
 
 def resolve_path(path: str | Path) -> str:
-    """A local folder or hub id as transformers takes it; `builtin:tiny-git` is the folder that ships in the package."""
+    """What transformers loads: the folder of a `builtin:` model, a local folder, or a hub id as it is.
+
+    Raises:
+        ModelError: a folder that is not there.
+        ConfigError: a builtin model that is none.
+    """
     text = str(path)
-    if text.startswith(BUILTIN):
-        name = text.removeprefix(BUILTIN)
-        shipped = {"tiny-git": "tiny/git"}
-        if name not in shipped:
-            raise ConfigError(f"model.path={text!r}; {did_you_mean(text, [BUILTIN + s for s in shipped])}")
-        return str(Path(__file__).parent / shipped[name])
+    if text.startswith("builtin:"):
+        if text not in BUILTIN:
+            raise ConfigError(f"model.path={text} is not shipped; {did_you_mean(text, BUILTIN)}")
+        return str(resources.files("raycap.models") / BUILTIN[text])
     folder = Path(text).expanduser()
     if folder.is_dir():
         return str(folder)
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise ModelError(f"model.path={text}: there is no such folder, and it is no hub id (owner/name)")
+        raise ModelError(f"model.path={text}: there is no such folder, and a hub id has the form owner/name")
     return text
 
 
@@ -58,47 +60,60 @@ def load_model(
     compute_dtype: str | None = None,
     device: str | None = None,
 ) -> CaptionModel:
-    """Load the base (or the model in `path`) with its processor.
+    """Load the base that `model` names, or the model in `path`, frozen, with its processor.
 
-    A folder that was saved in NF4 loads as such whatever `quantisation` says.
+    `quantisation`, `compute_dtype` and `device` override the settings; a folder that was saved in NF4 loads as that.
 
     Raises:
-        ModelError: the files are not there or not those of the family.
+        ModelError: it cannot be loaded as a model of the family, and why.
+        ConfigError: a setting that the model cannot follow.
     """
     import torch
 
     from raycap.models.base import CaptionModel
-    from raycap.models.quantise import compute_in, load_options, mend, pick_dtype
+    from raycap.models.quantise import load_weights, materialise, pick_dtype
 
     family = load_family(model.family)
-    place = resolve_path(path if path is not None else model.path)
+    place = resolve_path(model.path if path is None else path)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = pick_dtype(compute_dtype or model.compute_dtype, where)
-    wanted = quantisation or model.quantisation
+    remote = model.trust_remote_code
     try:
-        options, kind = load_options(family, place, wanted, dtype, where, trust_remote_code=model.trust_remote_code)
-        loaded = family.load_weights(place, **options)
-        processor = family.load_processor(place, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{place} cannot be loaded as a {family.name} model: {error}") from error
-    if kind == "nf4":
-        compute_in(loaded, dtype)
-    mend(loaded, materialise=model.materialise)
-    loaded.requires_grad_(False)
-    if "device_map" not in options:
-        loaded.to(where)
-    return CaptionModel(family, loaded, processor, place, kind, dtype, where, data.prompt, data.max_text_tokens)
+        loaded, kind = load_weights(
+            family, place, quantisation or model.quantisation, dtype, where, trust_remote_code=remote
+        )
+        processor = family.load_processor(place, trust_remote_code=remote)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"{place} cannot be loaded as a model of family {family.name}: {error}") from error
+    loaded.requires_grad_(False).eval()
+    positions = family.max_positions(loaded)
+    if positions is not None and data.max_text_tokens > positions:
+        raise ConfigError(f"data.max_text_tokens={data.max_text_tokens}, but {place} has {positions} text positions")
+    if model.materialise and kind == "nf4":
+        materialise(loaded)
+    return CaptionModel(
+        family=family,
+        model=loaded,
+        processor=processor,
+        path=place,
+        quantisation=kind,
+        compute_dtype=dtype,
+        device=where,
+        prompt=data.prompt,
+        max_text_tokens=data.max_text_tokens,
+    )
 
 
-def row_preparer(
-    family: str, path: str, prompt: str, max_text_tokens: int
-) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A picklable function: shard row -> {row, image_id, pixels uint8 [3, H, W], token_ids, prompt_lens, truncated}."""
+def row_preparer(family: str, path: str, prompt: str, max_text_tokens: int) -> RowPreparer:
+    """What a stream applies to each shard row; see RowPreparer."""
     return RowPreparer(family, str(path), prompt, max_text_tokens)
 
 
 class RowPreparer:
-    """Loads the processor alone, once a process."""
+    """Shard row -> row, image_id, pixels uint8 [C, H, W], and per caption token_ids, prompt_lens, truncated, unknown.
+
+    Picklable, and light in a task: the processor is loaded once a process, and no weights are.
+    """
 
     def __init__(self, family: str, path: str, prompt: str, max_text_tokens: int):
         self.family, self.path, self.prompt, self.max_text_tokens = family, path, prompt, max_text_tokens
@@ -109,19 +124,22 @@ class RowPreparer:
         from PIL import Image
 
         family, processor = _processor(self.family, self.path)
-        image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
+            pixels = family.resize(processor, image.convert("RGB"))
         coded = [family.encode(processor, c, self.prompt, self.max_text_tokens) for c in row["captions"]]
+        unknown = family.unknown_token(processor)
         return {
             "row": row["row"],
             "image_id": row["image_id"],
-            "pixels": family.resize(processor, image),
+            "pixels": pixels,
             "token_ids": [ids for ids, _, _ in coded],
             "prompt_lens": [length for _, length, _ in coded],
             "truncated": [int(cut) for _, _, cut in coded],
+            "unknown": [0 if unknown is None else ids.count(unknown) for ids, _, _ in coded],
         }
 
 
 @lru_cache(maxsize=4)
-def _processor(family: str, path: str) -> tuple[Any, Any]:
-    loaded = load_family(family)
-    return loaded, loaded.load_processor(resolve_path(path))
+def _processor(name: str, path: str) -> tuple[Family, Any]:
+    family = load_family(name)
+    return family, family.load_processor(resolve_path(path))

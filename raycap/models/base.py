@@ -1,49 +1,86 @@
-"""What every family provides, and a loaded model with what belongs to it.
+"""The contract of a model family, and a loaded model with what belongs to it.
 
-Shapes: B images, T text positions, N visual tokens, D width, V vocabulary.
+Shapes: B rows (one text each), n images, T text positions, M positions with a label, N visual tokens, D width,
+V vocabulary. Pixels are uint8 as the store holds them; pixel values are what the model takes; features are what its
+frozen vision tower makes of them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
+from raycap.config import DecodeSettings
 from raycap.errors import ConfigError, did_you_mean
 from raycap.files import sha256_json
 
 if TYPE_CHECKING:
-    pass
+    from PIL import Image
+
+IGNORED = -100
+"""Label of a position that is not learnt: prompt and padding."""
 
 
 @dataclass
 class CaptionModel:
+    """A base (or a merged model) with its processor, loaded on one device."""
+
     family: Family
     model: nn.Module
     processor: Any
     path: str
     quantisation: str
+    """"nf4" or "none", as loaded."""
     compute_dtype: torch.dtype
     device: torch.device
     prompt: str
     max_text_tokens: int
 
 
+class LabelLogits(NamedTuple):
+    """Logits [M, V] at the labelled positions alone, their labels [M], and the row [M] each belongs to, ascending.
+
+    With a large vocabulary the logits are most of a step's memory, and prompt, padding and image positions need none.
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+    rows: torch.Tensor
+
+
 class Family(ABC):
+    """One file a family. Full module paths, never bare names: a bare name may match nothing, or too much."""
+
     name = ""
+    task_type: str | None = "CAUSAL_LM"
+    """What peft is told the model is for."""
+
+    # --- parts --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def load_weights(self, path: str, **options: Any) -> nn.Module: ...
+    def skip_modules(self, config: Any) -> list[str]:
+        """Full paths of what is never quantised, the head among them; `config` is the model's own."""
 
     @abstractmethod
-    def skip_modules(self, config: Any) -> list[str]: ...
+    def scopes(self) -> Mapping[str, tuple[str, ...]]:
+        """Scope (`language`, `vision`, `projector`) -> prefixes of the module paths inside it."""
 
     @abstractmethod
-    def scope_prefixes(self, scope: str) -> tuple[str, ...]: ...
+    def tower(self, model: nn.Module) -> nn.Module:
+        """The vision tower."""
+
+    # --- loading ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_weights(self, path: str, **options: Any) -> nn.Module:
+        """The model through its own class's from_pretrained."""
 
     def load_processor(self, path: str, *, trust_remote_code: bool = False) -> Any:
         from transformers import AutoProcessor
@@ -56,41 +93,133 @@ class Family(ABC):
         tokeniser = backend.to_str() if backend is not None else processor.tokenizer.get_vocab()
         return sha256_json({"processor": processor.to_dict(), "tokeniser": tokeniser})
 
+    def max_positions(self, model: nn.Module) -> int | None:
+        """Text positions the model has, or None where they are unlimited."""
+        return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    # --- images -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def image_size(self, processor: Any) -> tuple[int, int, int]:
+        """(C, H, W) of what `resize` gives."""
+
+    @abstractmethod
+    def resize(self, processor: Any, image: Image.Image) -> np.ndarray:
+        """uint8 [C, H, W]: what the model's processor makes of an RGB image before it rescales and normalises."""
+
+    @abstractmethod
+    def pixel_values(self, processor: Any, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, C, H, W] -> what the processor would hand the model, float32."""
+
+    @abstractmethod
+    def encode_images(self, cm: CaptionModel, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The tower's features [n, N, D], in its own dtype, without gradients or dropout."""
+
+    # --- text ---------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode(self, processor: Any, caption: str, prompt: str, max_tokens: int) -> tuple[list[int], int, bool]:
+        """(token ids from the first to the end token, how many lead without a label, whether the caption was cut).
+
+        The end token is always there, and learnt. Raises ConfigError where `max_tokens` leaves no room for a caption.
+        """
+
+    def unknown_token(self, processor: Any) -> int | None:
+        return getattr(processor.tokenizer, "unk_token_id", None)
+
+    def pad_token(self, processor: Any) -> int:
+        """What fills a row up; masked, so that any token does where the tokeniser has none for it."""
+        pad = processor.tokenizer.pad_token_id
+        return 0 if pad is None else pad
+
+    def collate(self, ids: Sequence[Sequence[int]], prompt_lens: Sequence[int], pad: int) -> dict[str, torch.Tensor]:
+        """Rows padded on the right: input_ids, attention_mask and labels, int64 [B, T]."""
+        lengths = np.array([len(row) for row in ids])
+        width = int(lengths.max())
+        input_ids = np.full((len(ids), width), pad, dtype=np.int64)
+        for row, tokens in enumerate(ids):
+            input_ids[row, : len(tokens)] = tokens
+        place = np.arange(width)[None]
+        mask = place < lengths[:, None]
+        labels = np.where(mask & (place >= np.asarray(prompt_lens)[:, None]), input_ids, IGNORED)
+        arrays = {"input_ids": input_ids, "attention_mask": mask.astype(np.int64), "labels": labels}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    # --- adapters -----------------------------------------------------------------------------------------------------
+
+    def linear_paths(self, model: nn.Module, scope: str) -> list[str]:
+        """Full paths of the linear modules inside `scope`, in the model's order."""
+        scopes = self.scopes()
+        if scope != "all" and scope not in scopes:
+            raise ConfigError(f"lora.scope={scope!r} is no part of family {self.name}; {did_you_mean(scope, scopes)}")
+        prefixes = sum(scopes.values(), ()) if scope == "all" else scopes[scope]
+        return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(prefixes)]
+
     def lora_targets(self, model: nn.Module, scope: str, names: Sequence[str]) -> list[str]:
-        """Full paths of the linear modules inside `scope` whose last name is one of `names`."""
-        prefixes = self.scope_prefixes(scope)
-        inside = [n for n, m in model.named_modules() if is_linear(m) and n.startswith(prefixes)]
-        found: list[str] = []
+        """Full paths of the linear modules inside `scope` that `names` mean: whole paths or their ends, as in peft.
+
+        Raises:
+            ConfigError: a name matches nothing there; the message has the nearest one that would.
+        """
+        return self.match_targets(self.linear_paths(model, scope), scope, names)
+
+    def match_targets(self, paths: Sequence[str], scope: str, names: Sequence[str]) -> list[str]:
+        """`lora_targets` among `paths`, for a model whose modules have been wrapped since they were listed."""
+        chosen: set[str] = set()
         for name in names:
-            matched = [n for n in inside if n == name or n.endswith("." + name)]
-            if not matched:
-                leaves = sorted({n.rsplit(".", 1)[-1] for n in inside})
+            found = {p for p in paths if p == name or p.endswith(f".{name}")}
+            if not found:
+                leaves = sorted({p.rsplit(".", 1)[-1] for p in paths})
                 raise ConfigError(
                     f"lora.targets: '{name}' matches no linear module in scope '{scope}' of family {self.name}; "
                     f"{did_you_mean(name, leaves)}"
                 )
-            found += matched
-        return sorted(set(found))
+            chosen |= found
+        return [p for p in paths if p in chosen]
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def label_logits(self, cm: CaptionModel, batch: Mapping[str, torch.Tensor], images: torch.Tensor) -> LabelLogits:
+        """Forward of texts `batch` (as `collate` gives) on `images`: pixel values or features.
+
+        `images` may be fewer than the rows: row i then takes image i modulo their number, so that the slots of a pack,
+        each a block of rows, share one copy.
+        """
+
+    @abstractmethod
+    def generate(self, cm: CaptionModel, images: torch.Tensor, decode: DecodeSettings) -> list[str]:
+        """A caption for each of `images` (pixel values or features), decoded after the model's prompt, KV cache on."""
 
 
-def targets_among(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Those of `paths` whose last names are among `names`."""
-    return [p for p in paths if any(p == n or p.endswith("." + n) for n in names)]
-
-
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
-
-
-def head_at_labels(
-    head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The head at those positions alone whose next token has a label: with a large vocabulary its logits are most of
-    a step's memory, and prompts, padding and images need none.
-
-    hidden [B, T, D], labels [B, T]. Returns logits [M, V], their labels [M], and the row of each [M].
-    """
+def head_at_labels(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> LabelLogits:
+    """Apply `head` to those positions of `hidden` [B, T, D] whose next position has a label in `labels` [B, T]."""
     following = labels[:, 1:]
-    rows, places = torch.nonzero(following != -100, as_tuple=True)
-    picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows * hidden.shape[1] + places)
-    return head(picked), following[rows, places], rows
+    rows, places = torch.nonzero(following != IGNORED, as_tuple=True)
+    picked = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + places)
+    return LabelLogits(head(picked), following[rows, places], rows)
+
+
+def generate_options(decode: DecodeSettings) -> dict[str, Any]:
+    """`decode` as keywords of transformers' generate; only what departs from greedy search is named."""
+    options: dict[str, Any] = {
+        "max_new_tokens": decode.max_new_tokens, "num_beams": decode.num_beams, "do_sample": False, "use_cache": True,
+    }  # fmt: skip
+    if decode.num_beams > 1:
+        options["length_penalty"] = decode.length_penalty
+    if decode.no_repeat_ngram_size:
+        options["no_repeat_ngram_size"] = decode.no_repeat_ngram_size
+    return options
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients for a block; every submodule then has the mode that it had before."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode

@@ -1,81 +1,128 @@
-"""Dropout whose mask is a function of what is dropped, not of a generator's state.
+"""Dropout whose masks are a pure function of what they fall on, not of a generator's state.
 
-Shapes: K slots, b rows a slot, T positions, D features. A mask bit is the top bits of the product of two odd 32-bit
-hashes, one of (slot seed, slot step, module, row, position) and one of (module, feature): multiplicative hashing
-(Dietzfelbinger et al. 1997). Packing, padding, micro-batches, recomputation and device change nothing.
+An element is kept or dropped by a hash of (trial seed, slot step, module, row of the effective batch, position,
+feature). So packing, padding, the size of a micro-batch, recomputation in backward, restarts and the device change no
+mask, and a trial in a pack meets the masks that it would meet alone.
+
+Shapes: K slots, b rows a slot, D features. Rows are slot-major: slot k owns the k-th block of b rows.
+
+The hash is multiplicative (Dietzfelbinger et al. 1997): the odd 32-bit hash of an element's line (everything but module
+and feature) times the odd 32-bit hash of its column (module, feature), modulo 2^32. A line's hash is drawn once a step
+for all modules and a column's once a run, so an element costs one integer multiplication and one comparison.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-_MASK = 0xFFFFFFFF
+_LOW = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
 
 
 def mix(values: torch.Tensor) -> torch.Tensor:
-    """The finaliser of MurmurHash3 (32 bit) on int64 tensors that hold unsigned 32-bit values."""
+    """MurmurHash3's 32-bit finaliser, a bijection, on int64 tensors that hold values below 2^32."""
     values = values ^ (values >> 16)
-    values = (values * 0x85EBCA6B) & _MASK
+    values = (values * 0x85EBCA6B) & _LOW
     values = values ^ (values >> 13)
-    values = (values * 0xC2B2AE35) & _MASK
+    values = (values * 0xC2B2AE35) & _LOW
     return values ^ (values >> 16)
 
 
+def _odd_int32(hashes: torch.Tensor) -> torch.Tensor:
+    """Hashes made odd, as int32 that wraps: an odd factor permutes the 2^32 residues, an even one would not."""
+    hashes = hashes | 1
+    return torch.where(hashes >= 2**31, hashes - 2**32, hashes).to(torch.int32)
+
+
+def drop_limits(shares: Sequence[float], device: torch.device) -> torch.Tensor:
+    """Thresholds int32 [K]: a hash below its slot's is dropped, which happens with probability `shares`."""
+    limits = [min(round(p * 2**32), 2**32 - 1) - 2**31 for p in shares]
+    return torch.tensor(limits, dtype=torch.int32, device=device)
+
+
 class Keys:
-    """What masks depend on in the step that runs; the engine sets it before each forward."""
+    """The step that masks belong to. Set before a forward that trains, cleared after its backward."""
 
     def __init__(self) -> None:
-        self.slot_keys: torch.Tensor | None = None
-        """[K], hash of (trial seed, slot step); None outside training."""
+        self.slots = 0
         self.first_row = 0
-        """Row of the effective batch at which this micro-batch begins."""
+        self._slot_hashes: torch.Tensor | None = None
+        self._lines: dict[tuple[int, ...], torch.Tensor] = {}
+        self._columns: dict[tuple[str, int], torch.Tensor] = {}
 
-    def set(self, seeds: torch.Tensor, steps: torch.Tensor, first_row: int = 0) -> None:
-        self.slot_keys = mix(mix(seeds & _MASK) ^ (steps & _MASK))
-        self.first_row = first_row
+    @property
+    def on(self) -> bool:
+        return self._slot_hashes is not None
+
+    def set(self, seeds: Sequence[int], steps: Sequence[int], device: torch.device, first_row: int = 0) -> None:
+        """`seeds` and `steps` are those of the K slots; `first_row` is the row of the effective batch with which this
+        micro-batch begins."""
+        parts = torch.tensor([[s & _LOW, (s >> 32) & _LOW, n] for s, n in zip(seeds, steps)], dtype=torch.int64)
+        low, high, step = parts.unbind(1)
+        self._slot_hashes = mix(mix(mix(low ^ _GOLDEN) ^ high) ^ step).to(device)
+        self.slots, self.first_row = len(parts), first_row
+        self._lines.clear()
 
     def clear(self) -> None:
-        self.slot_keys = None
+        self._slot_hashes = None
+        self._lines.clear()
+
+    def keep(self, name: str, shape: torch.Size, limits: torch.Tensor, slots: int | None = None) -> torch.Tensor:
+        """Which elements of [K*b, ..., D] stay: bool of that shape, or its first `slots` blocks of rows."""
+        rows = shape[0] // self.slots * (self.slots if slots is None else slots)
+        lines = self._lines_of(shape[:-1])[:rows]
+        columns = self._columns_of(name, shape[-1], lines.device)
+        bound = limits.repeat_interleave(shape[0] // self.slots)[:rows].view(-1, *[1] * (len(shape) - 1))
+        return (lines.unsqueeze(-1) * columns) >= bound
+
+    def _lines_of(self, shape: torch.Size) -> torch.Tensor:
+        key = tuple(shape)
+        if key not in self._lines:
+            device = self._slot_hashes.device
+            row = torch.arange(self.first_row, self.first_row + shape[0] // self.slots, device=device)
+            hashes = mix(self._slot_hashes[:, None] ^ mix(row + _GOLDEN)).flatten()
+            for size in shape[1:]:  # axis by axis, so that no index depends on how long another axis is
+                hashes = mix(hashes[..., None] ^ mix((torch.arange(size, device=device) * _GOLDEN + 1) & _LOW))
+            self._lines[key] = _odd_int32(hashes)
+        return self._lines[key]
+
+    def _columns_of(self, name: str, size: int, device: torch.device) -> torch.Tensor:
+        if (name, size) not in self._columns:
+            base = mix(torch.tensor(zlib.crc32(name.encode())))
+            self._columns[name, size] = _odd_int32(mix(base ^ mix(torch.arange(size) + _GOLDEN))).to(device)
+        return self._columns[name, size]
 
 
 class KeyedDropout(nn.Module):
-    """The base's own dropout on slot-major rows [K*b, ..., D], the same share for all slots."""
+    """Stands in for an nn.Dropout of the base; the same share for every slot. Does nothing outside training."""
 
-    def __init__(self, name: str, keys: Keys, p: float = 0.0):
+    def __init__(self, name: str, p: float, keys: Keys):
         super().__init__()
-        self.key = zlib.crc32(name.encode())
-        self.keys = keys
-        self.p = p
+        self.name, self.p, self.keys = name, p, keys
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.keys.slot_keys is None or not self.training or self.p <= 0:
+        if not (self.training and self.keys.on):
             return x
-        limits = drop_limits(torch.full((len(self.keys.slot_keys),), self.p))
-        return masked(x, self.key, self.keys, limits) * (1 / (1 - self.p))
+        keep = self.keys.keep(self.name, x.shape, drop_limits([self.p] * self.keys.slots, x.device))
+        return x * keep * (1 / (1 - self.p))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, keyed"
 
 
-def drop_limits(shares: torch.Tensor) -> torch.Tensor:
-    """[K] shares to drop as the int32 below which a mask's bits mean zero."""
-    return (shares.double() * 2**32 - 2**31).clamp(-(2**31), 2**31 - 1).to(torch.int32)
+def key_base_dropout(model: nn.Module, keys: Keys, *, on: bool) -> int:
+    """Put keyed dropout in the place of every nn.Dropout that drops, or none where `on` is False; how many there were.
 
-
-def masked(x: torch.Tensor, key: int, keys: Keys, limits: torch.Tensor) -> torch.Tensor:
-    """x [K*b, ..., D] with each element zeroed with its slot's probability; the rest is not scaled here."""
-    slots = len(keys.slot_keys)
-    rows, middle, device = x.shape[0] // slots, x.shape[1:-1].numel(), x.device
-    row = torch.arange(keys.first_row, keys.first_row + rows, device=device)
-    place = torch.arange(middle, device=device)
-    seeds = mix(keys.slot_keys.to(device) ^ key)
-    lines = mix(mix(seeds[:, None] ^ mix(row))[:, :, None] ^ mix(place + 0x9E3779B9 & _MASK)) | 1
-    columns = mix(torch.arange(x.shape[-1], device=device) + key & _MASK) | 1
-    bits = _wrap(lines)[..., None] * _wrap(columns)
-    zero = bits < limits.to(device)[:, None, None, None]
-    return x.masked_fill(zero.view(x.shape), 0.0)
-
-
-def _wrap(values: torch.Tensor) -> torch.Tensor:
-    """Unsigned 32-bit values in int64 as int32; products of those wrap, which is what the hash wants."""
-    return torch.where(values >= 2**31, values - 2**32, values).to(torch.int32)
+    Families whose attention draws its dropout inside a fused kernel have to name a module for it (or run eagerly):
+    what a kernel draws comes from the global generator and would differ between a pack and a run alone.
+    """
+    found = [(n, m) for n, m in model.named_modules() if type(m) is nn.Dropout and m.p > 0]
+    for name, module in found:
+        parent, _, leaf = name.rpartition(".")
+        replacement = KeyedDropout(name, module.p, keys) if on else nn.Identity()
+        setattr(model.get_submodule(parent), leaf, replacement)
+    return len(found)

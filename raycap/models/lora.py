@@ -1,72 +1,103 @@
-"""Adapters as PEFT writes and reads them."""
+"""LoRA adapters (Hu et al. 2021): how one starts, and PEFT's files of one.
+
+Shapes: r rank, I inputs, O outputs of a module.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from raycap.errors import ModelError
-from raycap.files import write_json
+from raycap.errors import ConfigError, ModelError
+from raycap.files import read_json, write_atomic, write_json
 from raycap.trial import TrialSpec
 
 Weights = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """Module path -> (A [r, I], B [O, r])."""
+_PREFIX = "base_model.model."
 
 
-def write_adapter(folder: Path, weights: Weights, spec: TrialSpec, base: str, *, task_type: str | None = None) -> Path:
-    """Write adapter_model.safetensors, then adapter_config.json, so that plain `peft` loads the folder on the base."""
-    from safetensors.torch import save_file
+def start(spec: TrialSpec, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype = torch.float32) -> Weights:
+    """The adapter that a trial begins with, for modules of `shapes` {path: (I, O)}, on the CPU.
 
-    folder.mkdir(parents=True, exist_ok=True)
+    A as peft draws it (kaiming_uniform with a = sqrt 5, so within 1 / sqrt I), B zero. A module's A is a function of
+    (trial seed, path, r, I) alone, whatever else is adapted.
+    """
+    if spec.r < 1:
+        raise ConfigError(f"lora.r={spec.r} of trial {spec.trial_id} must be above 0: there would be nothing to train")
+    found = {}
+    for path, (inputs, outputs) in shapes.items():
+        digest = hashlib.sha256(f"{spec.seed}\0{path}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        bound = 1 / math.sqrt(inputs)
+        a = torch.empty(spec.r, inputs).uniform_(-bound, bound, generator=generator)
+        found[path] = (a.to(dtype), torch.zeros(outputs, spec.r, dtype=dtype))
+    return found
+
+
+def export_adapter(folder: Path | str, weights: Weights, spec: TrialSpec, base: str, task_type: str | None) -> Path:
+    """Write `weights` as a PEFT adapter of rank `spec.r` for the model that peft finds at `base`.
+
+    target_modules are full paths, so that plain peft adapts these modules and no other of the same name.
+    """
+    from safetensors.torch import save
+
+    folder = Path(folder)
     tensors = {}
-    for name, (a, b) in weights.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(
-        folder / "adapter_config.json",
-        {
-            "peft_type": "LORA",
-            "task_type": task_type,
-            "base_model_name_or_path": base,
-            "r": spec.r,
-            "lora_alpha": spec.alpha if spec.alpha != int(spec.alpha) else int(spec.alpha),
-            "lora_dropout": spec.dropout,
-            "target_modules": sorted(weights),
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "init_lora_weights": True,
-            "inference_mode": True,
-            "use_rslora": False,
-            "use_dora": False,
-        },
-    )
+    for path, (a, b) in weights.items():
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = a.detach().cpu().contiguous()
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = b.detach().cpu().contiguous()
+    write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base,
+        "r": spec.r,
+        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        "lora_dropout": spec.dropout,
+        "target_modules": sorted(weights),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    # Last: a folder without it is unfinished.
+    write_json(folder / "adapter_config.json", config)
     return folder
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """(adapter_config, weights by module path) of a PEFT folder.
+def import_adapter(folder: Path | str) -> tuple[dict[str, Any], Weights]:
+    """(adapter_config, weights) of a PEFT folder.
 
     Raises:
-        ModelError: the folder holds no LoRA adapter.
+        ModelError: there is no LoRA adapter that a slot can hold, and why.
     """
     from safetensors.torch import load_file
 
-    from raycap.files import read_json
-
+    folder = Path(folder)
     try:
         config = read_json(folder / "adapter_config.json")
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} holds no readable PEFT adapter: {error}") from error
     if config.get("peft_type") != "LORA":
-        raise ModelError(f"{folder} is a {config.get('peft_type')} adapter; only LORA can be put into a slot")
-    weights = {}
+        raise ModelError(f"{folder} is a {config.get('peft_type')} adapter; a slot holds LORA only")
+    for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"):
+        if config.get(name):
+            raise ModelError(f"{folder}: {name}={config[name]} is nothing that a slot holds; train it alone, with peft")
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for key, a in tensors.items():
-        if key.endswith(".lora_A.weight"):
-            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            weights[name] = (a, tensors[key.replace(".lora_A.", ".lora_B.")])
+        path, _, kind = key.removeprefix(_PREFIX).rpartition(".lora_")
+        other = f"{_PREFIX}{path}.lora_B.weight"
+        if kind == "A.weight" and other in tensors:
+            weights[path] = (a, tensors[other])
+    if not weights or 2 * len(weights) != len(tensors):
+        raise ModelError(f"{folder}: {len(tensors)} tensors are not pairs of lora_A and lora_B")
     return config, weights

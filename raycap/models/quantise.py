@@ -1,4 +1,4 @@
-"""NF4 through bitsandbytes, with what was found to be needed around it."""
+"""NF4 through bitsandbytes: what is quantised, and what keeps it whole."""
 
 from __future__ import annotations
 
@@ -7,115 +7,124 @@ from typing import Any
 import torch
 from torch import nn
 
-from raycap.errors import ConfigError
+from raycap.errors import ConfigError, ModelError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype to compute in; `auto` is bf16 where the device has it, else fp16 on a GPU and fp32 on a CPU."""
+    """The dtype to compute in. `auto`: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
     if name != "auto":
+        if name not in DTYPES:
+            raise ConfigError(f"model.compute_dtype={name!r}; valid: auto, " + ", ".join(DTYPES))
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def load_options(
-    family: Any,
-    path: str,
-    quantisation: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    trust_remote_code: bool = False,
-) -> tuple[dict[str, Any], str]:
-    """Keywords for from_pretrained, and the quantisation that results ("nf4" or "none")."""
+def load_weights(
+    family: Any, path: str, quantisation: str, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool
+) -> tuple[nn.Module, str]:
+    """The model in `path` on `device`, computing in `dtype`, and how it is quantised: "nf4" or "none".
+
+    A folder that was saved in NF4 is what it is. Other weights are quantised from the checkpoint's own dtype, never
+    from `dtype`: so the 4-bit codes that an adapter trains on in bf16 are those that it is merged with in fp32.
+    """
     from transformers import AutoConfig, BitsAndBytesConfig
 
+    if quantisation not in ("nf4", "none"):
+        raise ConfigError(f"model.quantisation={quantisation!r}; valid: nf4, none")
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
     saved = getattr(config, "quantization_config", None)
     if saved is not None:
-        options.update(device_map={"": str(device)}, dtype="auto")  # see compute_in
-        # What is computed in belongs to this process, not to the file.
-        values = dict(saved if isinstance(saved, dict) else saved.to_dict())
-        values["bnb_4bit_compute_dtype"] = dtype
-        values = {k: v for k, v in values.items() if not k.startswith("_") and k != "quant_method"}
-        options["quantization_config"] = BitsAndBytesConfig(**values)
-        return options, "nf4"
-    if quantisation == "none":
-        return options, "none"
-    if quantisation != "nf4":
-        raise ConfigError(f"model.quantisation={quantisation!r}; valid: nf4, none")
-    options["quantization_config"] = nf4_config(family.skip_modules(config), dtype)
-    options.update(device_map={"": str(device)}, dtype="auto")  # see compute_in
-    return options, "nf4"
+        kind = saved.get("bnb_4bit_quant_type") if isinstance(saved, dict) else getattr(saved, "bnb_4bit_quant_type", "")
+        if kind != "nf4":
+            raise ModelError(f"{path} is quantised ({saved}), but not in NF4; only NF4 and unquantised models load")
+        model = family.load_weights(path, dtype="auto", device_map={"": str(device)}, **options)
+    elif quantisation == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            # A list of one's own switches the default one off, so the family's names the head too.
+            llm_int8_skip_modules=family.skip_modules(config),
+        )
+        model = family.load_weights(path, dtype="auto", device_map={"": str(device)}, **options)
+    else:
+        return family.load_weights(path, dtype=dtype, **options).to(device), "none"
+    _settle(model, dtype)
+    return model, "nf4"
 
 
-def nf4_config(skip: list[str], dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
+def quantised_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every Linear4bit by its full path."""
+    import bitsandbytes as bnb
 
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=False,
-        llm_int8_skip_modules=skip,
-    )
+    return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
 
 
-def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let an NF4 model compute in `dtype`; its codes stay those of the checkpoint's own weights.
+def dequantise(module: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The weight [O, I] that a Linear4bit multiplies with, in `dtype` or in what it computes in."""
+    import bitsandbytes as bnb
 
-    Loading in `dtype` instead would quantise weights that were rounded to it first: through bf16 the codes of the tiny
-    GIT differ by a quarter of NF4's own error, so that training in bf16 and scoring in fp32 would see two models. And a
-    folder saved in NF4 and fp16 loads in fp32 as a mixture that fails at its first forward.
-    """
+    state = module.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ModelError("a 4-bit weight was repacked by an evaluation on this CPU: load the model afresh")
+    before = state.dtype
+    try:
+        state.dtype = dtype or module.compute_dtype
+        return bnb.functional.dequantize_4bit(module.weight.data, state)
+    finally:
+        state.dtype = before
+
+
+def _settle(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let a 4-bit model compute in `dtype`, and keep its packed weights from ever being rewritten."""
     import bitsandbytes as bnb
 
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
+        four_bit = isinstance(module, bnb.nn.Linear4bit)
+        if four_bit:
+            # On CPUs with AVX512-BF16 the first eval forward repacks the weight for good: gradients and dequantisation
+            # are garbage afterwards.
+            module.support_avx512bf16_for_cpu = False
             module.compute_dtype, module.compute_type_is_set = dtype, True
             module.weight.quant_state.dtype = dtype
-    for parameter in model.parameters():
-        if not isinstance(parameter, bnb.nn.Params4bit) and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    for buffer in model.buffers():
-        if buffer.dtype in (torch.float16, torch.bfloat16):  # those in fp32, such as rotary frequencies, are meant so
-            buffer.data = buffer.data.to(dtype)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and not (four_bit and name == "weight"):
+                parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
 
 
-def mend(model: nn.Module, *, materialise: bool = False) -> None:
-    """Keep 4-bit weights as they are on CPUs with AVX512-BF16, where the first eval forward repacks them for good."""
-    import bitsandbytes as bnb
+def materialise(model: nn.Module) -> int:
+    """Keep every 4-bit weight dequantised beside it, in its compute dtype; how many there were.
 
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-    if materialise:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, bnb.nn.Linear4bit):
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, Materialised(module))
-
-
-class Materialised(nn.Linear):
-    """A Linear4bit whose dequantised weight is kept: bitwise the same product, without unpacking at each call."""
-
-    def __init__(self, packed: nn.Module):
-        super().__init__(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
-        self.weight = nn.Parameter(dequantised(packed).to(packed.compute_dtype), requires_grad=False)
-        self.bias = packed.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
-        return nn.functional.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
+    Bitwise the same forward and backward without unpacking at each call, for the memory that NF4 saves.
+    """
+    kind = _materialised_class()
+    found = quantised_linears(model)
+    for module in found.values():
+        module.dense = dequantise(module)  # a plain attribute: it is no part of the model's state
+        module.__class__ = kind
+    return len(found)
 
 
-def dequantised(module: nn.Module) -> torch.Tensor:
-    """The weight [O, I] that a Linear4bit stands for."""
-    import bitsandbytes.functional as bnb
+def _materialised_class() -> type:
+    global _Materialised
+    if _Materialised is None:
+        import bitsandbytes as bnb
 
-    return bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        class Materialised(bnb.nn.Linear4bit):
+            """Still a Linear4bit to whoever looks (peft, save_pretrained), with its packed weight untouched."""
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+                return nn.functional.linear(x.to(self.compute_dtype), self.dense, bias).to(x.dtype)
+
+        _Materialised = Materialised
+    return _Materialised
+
+
+_Materialised: type | None = None

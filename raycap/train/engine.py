@@ -1,291 +1,340 @@
-"""The pack's engine: one frozen base, K adapter slots, one optimiser step of all of them at a time. Plain torch.
+"""The engine of a pack: one frozen base, K adapter slots, one optimiser step of all of them at a time. Plain torch.
 
-Shapes: K slots, b rows a slot and micro-batch, T text positions, N visual tokens, D width, V vocabulary.
+Shapes: K slots, b rows of a slot in a micro-batch, N visual tokens, D width, P parameters of a slot.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from raycap.config import Config
 from raycap.data.order import SampleOrder, samples
 from raycap.data.store import Store
-from raycap.evaluate.cider import CiderScorer
-from raycap.evaluate.collapse import collapse
-from raycap.models.base import CaptionModel, targets_among
-from raycap.models.dropout import KeyedDropout, Keys
-from raycap.models.lora import write_adapter
-from raycap.models.stacked import Stacks
-from raycap.train.features import frozen_features
-from raycap.train.loss import slot_loss
-from raycap.train.optim import StackedAdamW
+from raycap.errors import ModelError, RunError
+from raycap.models.base import CaptionModel, evaluating
+from raycap.models.dropout import Keys, key_base_dropout
+from raycap.models.lora import Weights, export_adapter, import_adapter, start
+from raycap.models.stacked import KINDS, Stacks
+from raycap.train.features import Images
+from raycap.train.loss import slot_losses
+from raycap.train.optim import FIRST_LOSS_SCALE, LossScale, StackedAdamW
+from raycap.train.validate import EvalResult, Validator
 from raycap.trial import TrialSpec
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
+    """One optimiser step of one slot."""
+
     step: int
+    """Steps done, this one included."""
     loss: float
     grad_norm: float
+    """Before clipping."""
     lr: float
     finite: bool
-
-
-@dataclass(frozen=True, slots=True)
-class EvalResult:
-    step: int
-    val_loss: float
-    cider: float
-    cider_se: float
-    captions: dict[str, str]
-    collapse: dict[str, Any]
+    """False: loss or gradients were not finite, and the slot's weights and moments are as they were."""
 
 
 @dataclass
 class Slot:
+    """A trial's place in the pack."""
+
     spec: TrialSpec
-    targets: set[str]
-    tensors: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]]
-    """value, m, v by site; current only while the slot is not in the stacks."""
+    targets: list[str]
+    tensors: dict[str, Weights]
+    """value, m, v by module path; while the slot is in the stacks, those are newer."""
     step: int = 0
+    updates: int = 0
+    """Steps that changed the weights: AdamW's own count."""
     paused: bool = False
-    best: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+    best: Weights | None = None
     best_score: float = -math.inf
-    skipped: int = 0
-    loss_scale: float = 1.0
+    """Larger is better, whatever it is that selects."""
+    loss_scale: LossScale = field(default_factory=LossScale)
 
 
 class PackEngine:
-    """Trains and decodes adapter slots on one frozen base."""
+    """Trains, scores and exports adapter slots on one frozen base."""
 
     def __init__(self, cm: CaptionModel, stores: Mapping[str, Store], config: Config, slots: int):
-        self.cm, self.stores, self.config, self.slots_allowed = cm, dict(stores), config, slots
+        self.cm, self.stores, self.config, self.max_slots = cm, dict(stores), config, slots
         self.device = cm.device
         self.keys = Keys()
-        names = config.lora.targets
-        paths = cm.family.lora_targets(cm.model, config.lora.scope, names)
-        swept = config.tune.space.get("lora.targets", {}).get("choice", [])
-        for option in swept:
-            paths = sorted(set(paths) | set(cm.family.lora_targets(cm.model, config.lora.scope, tuple(option))))
-        self.stacks = Stacks(cm.model, paths, self.keys)
-        self._own_dropout()
+        self.linears = cm.family.linear_paths(cm.model, config.lora.scope)
+        cm.family.match_targets(self.linears, config.lora.scope, config.lora.targets)  # a bad name is told at once
+        self.shapes = {}
+        for path in self.linears:
+            linear = cm.model.get_submodule(path)
+            self.shapes[path] = (linear.in_features, linear.out_features)
+        key_base_dropout(cm.model, self.keys, on=config.train.base_dropout)
+        self.stacks = Stacks(cm.model, self.keys, compute_dtype=cm.compute_dtype, device=cm.device)
         self.slots: dict[str, Slot] = {}
-        self.moments = [torch.zeros(0, 0), torch.zeros(0, 0)]
         self.stacked: list[str] = []
+        """Trials in the stacks, in their order there."""
         self.optimiser: StackedAdamW | None = None
+        # An adapter in the tower or its projection makes features that no two slots share.
+        self.frozen_vision = config.lora.scope == "language"
+        self.images = Images(cm, stored=self.frozen_vision)
         train = self.stores["train"]
         self.samples = samples(train.captions_per_image, config.data.captions)
         self.order = SampleOrder(len(self.samples), config.train.batch, config.run.seed)
-        self.frozen_tower = config.lora.scope in ("language",)
-        if self.frozen_tower:
-            cm.family.wrap_tower(cm.model)
-        self._scorer: CiderScorer | None = None
-        val = self.stores["val"]
-        self.val_rows = np.arange(min(val.count, config.train.val_images))
+        self.micro = config.train.batch // config.train.accumulation
+        """Rows of a slot computed at once; halved when memory runs out."""
+        self.scaled = cm.compute_dtype == torch.float16
+        self.validator = Validator(cm, self.images, config)
 
-    # Coming and going ------------------------------------------------------------------------------------------
-
-    def admit(self, spec: TrialSpec, state: Mapping[str, Any] | None = None) -> None:
-        """Give a trial a slot, from its seed's start or from a `state`."""
-        if spec.trial_id in self.slots:
-            raise ValueError(f"{spec.trial_id} has a slot already")
-        targets = set(targets_among(list(self.stacks.sites), spec.targets))
-        if state is None:
-            slot = Slot(spec, targets, {"value": self.stacks.fresh(spec, targets)})
-        else:
-            slot = Slot(spec, targets, {k: dict(state[k]) for k in ("value", "m", "v")}, int(state["step"]))
-            slot.best = dict(state["best"]) if state.get("best") else None
-            slot.best_score = float(state["best_score"])
-        self._sync()
-        self.slots[spec.trial_id] = slot
-        self.stacked = []
-
-    def release(self, trial_id: str) -> None:
-        self._sync()
-        del self.slots[trial_id]
-        self.stacked = []
+    # --- coming and going ---------------------------------------------------------------------------------------------
 
     @property
     def active(self) -> list[str]:
         return list(self.slots)
 
+    def admit(self, spec: TrialSpec, state: Mapping[str, Any] | None = None) -> None:
+        """Give a trial a slot: at its seed's start, or where `state` (of `state()`) left it.
+
+        Raises:
+            ConfigError: a rank of 0, or a target that matches no module.
+            RunError: no slot is free.
+            ModelError: `state` belongs to other modules or another rank.
+        """
+        if spec.trial_id in self.slots:
+            raise RunError(f"trial {spec.trial_id} has a slot already")
+        if len(self.slots) >= self.max_slots:
+            raise RunError(f"trial {spec.trial_id} finds no slot: tune.slots={self.max_slots} are taken")
+        targets = self.cm.family.match_targets(self.linears, self.config.lora.scope, spec.targets)
+        if state is None:
+            value = start(spec, {t: self.shapes[t] for t in targets}, self.stacks.dtype)
+            slot = Slot(spec, targets, {"value": value, "m": {}, "v": {}})
+            slot.loss_scale = LossScale(FIRST_LOSS_SCALE if self.scaled else 1.0)
+        else:
+            self._check_fits(spec, targets, state["value"])
+            slot = Slot(spec, targets, {kind: state[kind] for kind in KINDS}, state["step"], state["updates"])
+            slot.best = state["best"] or None
+            slot.best_score = -math.inf if state["best_score"] is None else state["best_score"]
+            slot.loss_scale = LossScale(**state["loss_scale"])
+        self.slots[spec.trial_id] = slot
+
+    def admit_adapter(self, spec: TrialSpec, folder: Path | str) -> None:
+        """Give a trial a slot that begins with the PEFT adapter in `folder` and fresh moments."""
+        config, weights = import_adapter(folder)
+        targets = self.cm.family.match_targets(self.linears, self.config.lora.scope, spec.targets)
+        self._check_fits(spec, targets, weights)
+        if config["lora_alpha"] != spec.alpha:
+            raise ModelError(f"{folder} has lora_alpha {config['lora_alpha']}, the trial {spec.alpha:g}")
+        self.admit(spec)
+        self.slots[spec.trial_id].tensors["value"] = {t: weights[t] for t in targets}
+
+    def _check_fits(self, spec: TrialSpec, targets: list[str], weights: Weights) -> None:
+        if set(weights) != set(targets):
+            raise ModelError(f"trial {spec.trial_id}: weights of {len(weights)} modules for {len(targets)} targets")
+        for path, (a, b) in weights.items():
+            inputs, outputs = self.shapes[path]
+            if tuple(a.shape) != (spec.r, inputs) or tuple(b.shape) != (outputs, spec.r):
+                raise ModelError(
+                    f"trial {spec.trial_id}: {path} has A {list(a.shape)} and B {list(b.shape)}, "
+                    f"expected {[spec.r, inputs]} and {[outputs, spec.r]}"
+                )
+
+    def release(self, trial_id: str) -> None:
+        self._slot(trial_id)
+        self._unstack()
+        del self.slots[trial_id]
+
     def pause(self, trial_id: str) -> None:
-        self.slots[trial_id].paused = True
+        """Leave the slot out of `step` until `resume`."""
+        self._slot(trial_id).paused = True
 
     def resume(self, trial_id: str) -> None:
-        self.slots[trial_id].paused = False
+        self._slot(trial_id).paused = False
 
-    def _sync(self) -> None:
-        """Copy the stacks back into the slots they were made from."""
-        for k, trial_id in enumerate(self.stacked):
-            kinds = {"value": self.stacks.values, "m": self.moments[0], "v": self.moments[1]}
-            self.slots[trial_id].tensors = {name: self.stacks.cut(k, tensor) for name, tensor in kinds.items()}
+    def close(self) -> None:
+        """Let go of all slots and give the model its plain modules back."""
+        self.slots.clear()
+        self.stacked = []
+        self.stacks.unwrap()
+
+    def _slot(self, trial_id: str) -> Slot:
+        if trial_id not in self.slots:
+            raise RunError(f"trial {trial_id} has no slot; those that have: {', '.join(self.slots) or 'none'}")
+        return self.slots[trial_id]
 
     def _stack(self, trial_ids: list[str]) -> None:
-        if self.stacked == trial_ids:
+        """Put exactly these slots into the stacks; nothing happens while they are the same."""
+        # Slots with dropout first: masks are drawn for a leading part of the stacks.
+        wanted = sorted(trial_ids, key=lambda t: self.slots[t].spec.dropout == 0)
+        if wanted == self.stacked:
             return
-        self._sync()
-        chosen = [self.slots[t] for t in trial_ids]
-        specs = [s.spec for s in chosen]
-        self.moments = self.stacks.rebuild(specs, [s.targets for s in chosen], [s.tensors for s in chosen])
-        self.optimiser = StackedAdamW(specs, self.device)
-        self.stacked = list(trial_ids)
+        self._unstack()
+        chosen = [self.slots[t] for t in wanted]
+        self.stacks.rebuild([s.spec for s in chosen], [s.tensors for s in chosen])
+        self.optimiser = StackedAdamW([s.spec for s in chosen], self.device, self.stacks.dtype)
+        self.stacked = wanted
 
-    # Steps -----------------------------------------------------------------------------------------------------
+    def _unstack(self) -> None:
+        """Cut the stacks back into the slots that they were made from."""
+        for k, trial_id in enumerate(self.stacked):
+            slot = self.slots[trial_id]
+            slot.tensors = {kind: self.stacks.cut(k, kind, slot.targets) for kind in KINDS}
+        self.stacked = []
+
+    # --- training -----------------------------------------------------------------------------------------------------
 
     def step(self) -> dict[str, StepResult]:
         """One optimiser step of every slot that is not paused."""
-        trial_ids = [t for t, s in self.slots.items() if not s.paused]
-        if not trial_ids:
+        running = [t for t, slot in self.slots.items() if not slot.paused]
+        if not running:
             return {}
-        self._stack(trial_ids)
-        chosen = [self.slots[t] for t in trial_ids]
+        self._stack(running)
+        slots = [self.slots[t] for t in self.stacked]
+        batches = [self.samples[self.order.rows(slot.step)] for slot in slots]
         self.cm.model.train()
-        rows = [self.samples[self.order.rows(s.step)] for s in chosen]
-        train = self.stores["train"]
-        needed = np.unique(np.concatenate([r[:, 0] for r in rows]))
-        train.wait(needed)
-        tokens = torch.tensor(
-            [float((train.token_lens(r) - train.prompt_lens(r)).sum()) for r in rows], device=self.device
-        )
-        pieces = self.config.train.accumulation
-        width = len(rows[0]) // pieces
-        seeds = torch.tensor([s.spec.seed for s in chosen], device=self.device, dtype=torch.int64)
-        steps = torch.tensor([s.step for s in chosen], device=self.device, dtype=torch.int64)
-        losses = torch.zeros(len(chosen), device=self.device)
-        for piece in range(pieces):
-            part = np.concatenate([r[piece * width : (piece + 1) * width] for r in rows])
-            self.keys.set(seeds, steps, piece * width)
-            loss = slot_loss(*self._forward(train, part), tokens, width)
-            loss.sum().backward()
-            losses += loss.detach()
-        self.keys.clear()
-        norm, taken, lrs = self.optimiser.step(
-            self.stacks.values,
+        while True:
+            try:
+                losses = self._gradients(slots, batches)
+                break
+            except torch.OutOfMemoryError as error:
+                if self.micro == 1:
+                    raise RunError(
+                        f"out of memory with one row a slot and {len(slots)} slots. Lower tune.slots, lora.r or "
+                        "data.max_text_tokens."
+                    ) from error
+                # Keyed dropout and the token-exact loss make the repeated step the same step.
+                self.micro = math.ceil(self.micro / 2)
+            finally:
+                self.keys.clear()
+            torch.cuda.empty_cache()
+        norms, finite = self.optimiser.step(
+            self.stacks.value,
             self.stacks.grads,
-            *self.moments,
-            [s.step for s in chosen],
-            torch.isfinite(losses).tolist(),
+            self.stacks.m,
+            self.stacks.v,
+            steps=[s.step for s in slots],
+            updates=[s.updates for s in slots],
+            losses=losses,
+            loss_scales=[s.loss_scale.value for s in slots] if self.scaled else None,
         )
+        rates = self.optimiser.rates
         found = {}
-        for k, (trial_id, loss, size, ok) in enumerate(zip(trial_ids, losses.tolist(), norm.tolist(), taken.tolist())):
-            self.slots[trial_id].step += 1
-            found[trial_id] = StepResult(self.slots[trial_id].step, loss, size, lrs[k], bool(ok))
-        return found
-
-    def _forward(self, store: Store, pairs: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        cm = self.cm
-        ids = store.tokens(pairs)
-        batch = collate(ids, store.prompt_lens(pairs), cm.processor.tokenizer.pad_token_id, self.device)
-        return cm.family.label_logits(cm, batch, **self._images(store, pairs[:, 0]))
-
-    def _images(self, store: Store, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        if self.frozen_tower:
-            if store.features is None:
-                frozen_features(self.cm, store)
-            return {
-                "features": torch.from_numpy(np.asarray(store.features[rows])).to(self.device, self.cm.compute_dtype)
-            }
-        pixels = torch.from_numpy(store.pixels(rows)).to(self.device)
-        return {"pixel_values": self.cm.family.pixel_values(self.cm.processor, pixels).to(self.cm.compute_dtype)}
-
-    def _own_dropout(self) -> None:
-        """The base's own dropout, keyed; switched off where the settings say so."""
-        for name, module in list(self.cm.model.named_modules()):
-            if isinstance(module, nn.Dropout) and module.p > 0:
-                parent, _, leaf = name.rpartition(".")
-                p = module.p if self.config.train.base_dropout else 0.0
-                setattr(self.cm.model.get_submodule(parent), leaf, KeyedDropout(name, self.keys, p))
-
-    # Scores ----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def evaluate(self, trial_ids: list[str]) -> dict[str, EvalResult]:
-        """Validation loss and CIDEr of generated captions, all of `trial_ids` decoded together."""
-        store = self.stores["val"]
-        store.wait(self.val_rows)
-        self._stack([t for t in self.slots if t in set(trial_ids)])
-        order = list(self.stacked)
-        self.cm.model.eval()
-        losses = self._val_losses(store, len(order))
-        captions = self._decode(store, self.val_rows, len(order))
-        ids = [store.image_ids[i] for i in self.val_rows]
-        if self._scorer is None:
-            self._scorer = CiderScorer({i: store.references[i] for i in ids})
-        found = {}
-        for k, trial_id in enumerate(order):
+        for trial_id, loss, norm, good, lr in zip(self.stacked, losses.tolist(), norms.tolist(), finite.tolist(), rates):
             slot = self.slots[trial_id]
-            named = dict(zip(ids, captions[k]))
-            cider, each = self._scorer.score(named)
-            error = float(np.std(each, ddof=1) / math.sqrt(len(each))) if len(each) > 1 else math.nan
-            flags = collapse(captions[k], [store.references[i] for i in ids])
-            found[trial_id] = EvalResult(slot.step, losses[k], float(cider), error, named, flags)
-            score = float(cider) if self.config.train.select_by == "cider" else -losses[k]
+            slot.step += 1
+            slot.updates += good
+            if self.scaled and math.isfinite(loss):
+                slot.loss_scale.update(good)
+            found[trial_id] = StepResult(slot.step, loss, norm, lr, good)
+        return {t: found[t] for t in running}
+
+    def _gradients(self, slots: list[Slot], batches: list[np.ndarray]) -> torch.Tensor:
+        """Losses [K] of the slots' effective batches, samples [b, 2] each; leaves the gradients in the stacks."""
+        train = self.stores["train"]
+        shared = self.frozen_vision and all(s.step == slots[0].step for s in slots)
+        if shared:  # one copy of texts and images: every slot's rows are the same
+            batches = batches[:1]
+        for batch in batches:
+            train.wait(np.unique(batch[:, 0]))
+        counts = [float((train.token_lens(batch) - train.prompt_lens(batch)).sum()) for batch in batches]
+        tokens = torch.tensor(counts, device=self.device, dtype=self.stacks.dtype).expand(len(slots))
+        seeds, steps = [s.spec.seed for s in slots], [s.step for s in slots]
+        scales = torch.tensor([s.loss_scale.value for s in slots], device=self.device) if self.scaled else None
+        losses = torch.zeros(len(slots), device=self.device, dtype=self.stacks.dtype)
+        self.stacks.refresh()
+        for first in range(0, len(batches[0]), self.micro):
+            pairs = np.concatenate([batch[first : first + self.micro] for batch in batches])
+            text = self.validator.text(train, pairs, times=len(slots) if shared else 1)
+            self.keys.set(seeds, steps, self.device, first)
+            output = self.cm.family.label_logits(self.cm, text, self.images.rows(train, pairs[:, 0]))
+            piece = slot_losses(*output, len(text["labels"]) // len(slots), tokens)
+            (piece if scales is None else piece * scales).sum().backward()
+            self.stacks.collect()
+            losses += piece.detach()
+        return losses
+
+    # --- scoring ------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, trial_ids: list[str]) -> dict[str, EvalResult]:
+        """Validation loss, captions and CIDEr of these slots, decoded together. Training goes on as if it had not been.
+
+        A slot that has beaten its best by `train.select_by` keeps its weights as the ones to export.
+        """
+        found = {}
+        with self._decoding(trial_ids) as order:
+            results = self.validator.evaluate(self.stores["val"], len(order))
+        for _k, (trial_id, result) in enumerate(zip(order, results)):
+            slot = self.slots[trial_id]
+            score = result.cider if self.config.train.select_by == "cider" else -result.val_loss
             if math.isfinite(score) and score > slot.best_score:
-                slot.best_score, slot.best = score, self.stacks.cut(k, self.stacks.values)
-        return found
+                slot.best_score, slot.best = score, self._weights(trial_id)
+            found[trial_id] = result.at(slot.step)
+        return {t: found[t] for t in trial_ids}
 
-    def _val_losses(self, store: Store, slots: int) -> list[float]:
-        """Mean loss a token over all captions of the validation images."""
-        pairs = np.array([(i, j) for i in self.val_rows for j in range(store.captions_per_image[i])])
-        totals, count = torch.zeros(slots, device=self.device), 0
-        width = max(1, self.config.decode.batch)
-        for begin in range(0, len(pairs), width):
-            part = pairs[begin : begin + width]
-            found = self._forward(store, np.tile(part, (slots, 1)))
-            totals += slot_loss(*found, torch.ones(slots, device=self.device), len(part))
-            count += int((store.token_lens(part) - store.prompt_lens(part)).sum())
-        return (totals / max(count, 1)).tolist()
+    def caption(self, trial_id: str | None, split: str) -> dict[str, str]:
+        """Captions of a whole split by image id, by a slot as it is now, or by the base alone for None."""
+        with self._decoding([] if trial_id is None else [trial_id]):
+            store = self.stores[split]
+            texts = self.validator.captions(store, np.arange(store.count), 1)
+        return dict(zip(store.image_ids, texts[0]))
 
-    def _decode(self, store: Store, rows: np.ndarray, slots: int) -> list[list[str]]:
-        captions: list[list[str]] = [[] for _ in range(slots)]
-        width = max(1, self.config.decode.batch)
-        for begin in range(0, len(rows), width):
-            part = rows[begin : begin + width]
-            images = self._images(store, np.tile(part, slots))
-            texts = self.cm.family.generate(self.cm, next(iter(images.values())), self.config.decode)
-            for k in range(slots):
-                captions[k] += texts[k * len(part) : (k + 1) * len(part)]
-        return captions
+    def zero_shot(self, split: str) -> dict[str, str]:
+        """Captions of the base before any training."""
+        return self.caption(None, split)
+    @contextmanager
+    def _decoding(self, trial_ids: list[str]) -> Iterator[list[str]]:
+        """The model applies these slots alone, in eval mode and without gradients; yields them in the rows' order."""
+        for trial_id in trial_ids:
+            self._slot(trial_id)
+        if not set(trial_ids) <= set(self.stacked):
+            self._stack(list(self.slots))
+        order = [t for t in self.stacked if t in trial_ids]
+        with evaluating(self.cm.model), self.stacks.applying([self.stacked.index(t) for t in order]):
+            yield order
 
-    # Out -------------------------------------------------------------------------------------------------------
+    # --- out ----------------------------------------------------------------------------------------------------------
+
+    def _weights(self, trial_id: str) -> Weights:
+        slot = self.slots[trial_id]
+        if trial_id in self.stacked:
+            return self.stacks.cut(self.stacked.index(trial_id), "value", slot.targets)
+        return slot.tensors["value"]
 
     def state(self, trial_id: str) -> dict[str, Any]:
-        """Everything that `admit` needs to go on as if nothing had happened."""
-        self._sync()
-        slot = self.slots[trial_id]
+        """All that `admit` needs to go on as if nothing had happened: plain values, and tensors by module path."""
+        slot = self._slot(trial_id)
+        tensors = slot.tensors
+        if trial_id in self.stacked:
+            k = self.stacked.index(trial_id)
+            tensors = {kind: self.stacks.cut(k, kind, slot.targets) for kind in KINDS}
         return {
-            "spec": slot.spec.to_dict(), "step": slot.step, "best_score": slot.best_score, "best": slot.best,
-            **{kind: slot.tensors.get(kind, {}) for kind in ("value", "m", "v")},
-        }  # fmt: skip
+            "spec": slot.spec.to_dict(),
+            "step": slot.step,
+            "updates": slot.updates,
+            "loss_scale": dataclasses.asdict(slot.loss_scale),
+            "best_score": None if slot.best is None else slot.best_score,
+            "best": slot.best,
+            **{kind: dict(tensors.get(kind, {})) for kind in KINDS},
+        }
 
-    def export(self, trial_id: str, folder: Path, which: str = "best") -> Path:
-        """Write a slot as a PEFT adapter: at its best rung, or as it is."""
-        self._sync()
-        slot = self.slots[trial_id]
-        weights = slot.best if which == "best" and slot.best is not None else slot.tensors["value"]
-        return write_adapter(Path(folder), weights, slot.spec, self.config.model.path)
+    def export(self, trial_id: str, folder: Path | str, which: str = "best") -> Path:
+        """Write a slot as a PEFT adapter of its own rank: as it was at its best rung, or as it is ("last").
 
+        Raises:
+            RunError: the slot was never scored, so that there is no best.
+        """
+        slot = self._slot(trial_id)
+        if which == "best" and slot.best is None:
+            raise RunError(f"trial {trial_id} has no best adapter: it was never scored with a finite {self._selects}")
+        weights = slot.best if which == "best" else self._weights(trial_id)
+        return export_adapter(folder, weights, slot.spec, self.config.model.path, self.cm.family.task_type)
 
-def collate(ids: list[np.ndarray], prompt_lens: np.ndarray, pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Padded input_ids, attention_mask and labels (-100 on the prompt and on padding) [B, T]."""
-    width = max(len(i) for i in ids)
-    input_ids = np.full((len(ids), width), pad, dtype=np.int64)
-    labels = np.full((len(ids), width), -100, dtype=np.int64)
-    for row, (tokens, prompt) in enumerate(zip(ids, prompt_lens)):
-        input_ids[row, : len(tokens)] = tokens
-        labels[row, prompt : len(tokens)] = tokens[prompt:]
-    mask = np.arange(width)[None] < np.array([len(i) for i in ids])[:, None]
-    return {
-        "input_ids": torch.from_numpy(input_ids).to(device),
-        "attention_mask": torch.from_numpy(mask.astype(np.int64)).to(device),
-        "labels": torch.from_numpy(labels).to(device),
-    }
+    @property
+    def _selects(self) -> str:
+        return self.config.train.select_by

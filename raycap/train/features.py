@@ -1,7 +1,11 @@
-"""What a frozen vision tower makes of each image, computed once and kept beside the pixels."""
+"""What a frozen vision tower makes of each image: computed once, kept beside the pixels, shared by every trial.
+
+Shapes: n images, N visual tokens, D width of the tower.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,42 +14,80 @@ import torch
 from raycap.data.store import Store
 from raycap.models.base import CaptionModel
 
-BATCH = 64
+TOWER_BATCH = 64
+"""Images in every run of the tower, a short rest filled up: with one size of batch an image's features do not depend
+on what it is computed beside."""
+_STORED_AS = {torch.bfloat16: np.uint16}
+"""numpy has no bf16: its bits are kept as they are."""
 
 
-def frozen_features(cm: CaptionModel, store: Store) -> np.ndarray:
-    """Features [N, L, D] of every image of `store`, through the tower where they are not stored yet.
+class Images:
+    """Hands out what the model takes for rows of a store: stored features, or pixel values.
 
-    Kept in fp16 where the model computes in 16 bits (numpy knows no bf16; a feature's size is near 1, where fp16 is the
-    finer of the two), else in fp32. The key holds what they depend on: the tower's weights and the dtype.
+    With `stored`, features come from the store's file once the store is complete (they are computed then, unless
+    another run has left them there), and before that from the tower, bitwise the same.
     """
-    kind = "float32" if cm.compute_dtype == torch.float32 else "float16"
-    key = Store.key(tower=tower_sha256(cm), dtype=str(cm.compute_dtype), kept=kind)
-    if store.attach_features(key):
-        return store.features
-    store.wait(np.arange(store.count))
-    cm.model.eval()
 
-    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for begin in range(0, store.count, BATCH):
-            rows = np.arange(begin, min(begin + BATCH, store.count))
-            pixels = torch.from_numpy(store.pixels(rows)).to(cm.device)
-            values = cm.family.encode_images(cm, cm.family.pixel_values(cm.processor, pixels))
-            yield rows, values.float().cpu().numpy().astype(kind)
+    def __init__(self, cm: CaptionModel, *, stored: bool):
+        self.cm, self.stored = cm, stored
+        self._key: str | None = None
 
-    first = cm.family.encode_images(
-        cm, cm.family.pixel_values(cm.processor, torch.from_numpy(store.pixels([0])).to(cm.device))
-    )
-    return store.add_features(key, first.shape[1:], kind, batches())
+    def rows(self, store: Store, rows: np.ndarray) -> torch.Tensor:
+        """Features [n, N, D] or pixel values of the images in `rows`, waiting for those that have not come yet."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if not self.stored:
+            store.wait(rows)
+            return self._pixel_values(store, rows).to(self.cm.device, self.cm.compute_dtype)
+        if store.features is None and store.complete:
+            self.store_features(store)
+        if store.features is not None:
+            return self._from_numpy(np.asarray(store.features[rows]))
+        store.wait(rows)
+        distinct, back = np.unique(rows, return_inverse=True)
+        return self._encode(store, distinct)[torch.from_numpy(back).to(self.cm.device)]
 
+    def store_features(self, store: Store) -> None:
+        """Make `store.features` there: attached where the same tower has left them, else computed for all images."""
+        key = self.key(store)
+        if store.attach_features(key):
+            return
+        one = self._encode(store, np.arange(1))
 
-def tower_sha256(cm: CaptionModel) -> str:
-    """Hash of the frozen tower's weights as they are in memory."""
-    import hashlib
+        def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for begin in range(0, store.count, TOWER_BATCH):
+                rows = np.arange(begin, min(begin + TOWER_BATCH, store.count))
+                yield rows, self._to_numpy(self._encode(store, rows))
 
-    digest = hashlib.sha256()
-    tower = cm.family.tower(cm.model)
-    for name, value in sorted(getattr(tower, "tower", tower).state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+        store.add_features(key, one.shape[1:], str(self._to_numpy(one).dtype), batches())
+
+    def key(self, store: Store) -> str:
+        """Names the features: the tower's weights as they are in memory, dtype and device they are computed in."""
+        if self._key is None:
+            digest = hashlib.sha256()
+            for name, tensor in sorted(self.cm.family.tower(self.cm.model).state_dict().items()):
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            self._key = Store.key(
+                tower=digest.hexdigest(), dtype=str(self.cm.compute_dtype), device=self.cm.device.type, batch=TOWER_BATCH
+            )
+        return self._key
+
+    def _encode(self, store: Store, rows: np.ndarray) -> torch.Tensor:
+        parts = []
+        for begin in range(0, len(rows), TOWER_BATCH):
+            part = rows[begin : begin + TOWER_BATCH]
+            full = np.resize(part, TOWER_BATCH)
+            parts.append(self.cm.family.encode_images(self.cm, self._pixel_values(store, full))[: len(part)])
+        return torch.cat(parts)
+
+    def _pixel_values(self, store: Store, rows: np.ndarray) -> torch.Tensor:
+        return self.cm.family.pixel_values(self.cm.processor, torch.from_numpy(store.pixels(rows)))
+
+    def _to_numpy(self, features: torch.Tensor) -> np.ndarray:
+        kind = _STORED_AS.get(features.dtype)
+        features = features.detach().cpu().contiguous()
+        return features.view(torch.uint16).numpy() if kind is not None else features.numpy()
+
+    def _from_numpy(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return (tensor.view(self.cm.compute_dtype) if array.dtype == np.uint16 else tensor).to(self.cm.device)

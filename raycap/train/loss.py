@@ -1,6 +1,6 @@
 """The loss of a pack, in one place for all families.
 
-Shapes: K slots, b rows a slot, M labelled positions of all rows, V vocabulary.
+Shapes: K slots, B = K*b rows, slot-major, M positions with a label, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ import torch
 from torch.nn import functional as F
 
 
-def slot_loss(
-    logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, rows_per_slot: int
+def slot_losses(
+    logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, rows_per_slot: int, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """Per slot: summed cross-entropy of its labelled tokens / `tokens` [K] of its whole effective batch.
+    """Per slot: summed cross-entropy of its labelled tokens in this piece / `tokens` [K] of its whole effective batch.
 
-    logits [M, V] predict labels [M] of rows [M], where slot k owns rows k*b .. (k+1)*b - 1. Returns [K]. Dividing by the
-    tokens of the whole batch makes accumulated pieces sum to what one large batch gives.
+    logits [M, V] belong to labels [M] of `rows` [M], ascending. Pieces of an effective batch add up to the loss of the
+    whole. The slots share no trainable weight, so backward from the sum of the result [K] mixes no gradients.
     """
-    losses = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels, reduction="none")
-    sums = torch.zeros(len(tokens), dtype=losses.dtype, device=losses.device)
-    return sums.index_add(0, rows // rows_per_slot, losses) / tokens
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    slots = len(tokens)
+    lengths = torch.bincount(rows // rows_per_slot, minlength=slots)
+    # Segments, not index_add: on a GPU that one adds in no fixed order.
+    return torch.segment_reduce(losses, "sum", lengths=lengths, initial=0) / tokens

@@ -1,0 +1,121 @@
+"""Scores of a pack's slots on held-out images: loss by teacher forcing, captions, CIDEr. Nothing here trains.
+
+Shapes: K slots, n images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from raycap.config import Config
+from raycap.data.store import Store
+from raycap.models.base import CaptionModel
+from raycap.train.features import Images
+from raycap.train.loss import slot_losses
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """One slot at one rung."""
+
+    step: int
+    val_loss: float
+    """Mean cross-entropy a token, of one reference an image."""
+    cider: float
+    cider_se: float
+    captions: dict[str, str]
+    """Image id -> caption."""
+    collapse: dict[str, Any]
+
+    def at(self, step: int) -> EvalResult:
+        return dataclasses.replace(self, step=step)
+
+
+class Validator:
+    """Scores whatever slots the model applies at the moment. `decode.batch` bounds the rows, slots x images, at once."""
+
+    def __init__(self, cm: CaptionModel, images: Images, config: Config):
+        self.cm, self.images, self.config = cm, images, config
+        self._scorers: dict[str, Any] = {}
+
+    def text(self, store: Store, pairs: np.ndarray, *, times: int = 1) -> dict[str, torch.Tensor]:
+        """Texts of samples [n, 2] as the model takes them, `times` over: int64 [times * n, T]."""
+        family, pad = self.cm.family, self.cm.family.pad_token(self.cm.processor)
+        batch = family.collate(store.tokens(pairs), store.prompt_lens(pairs), pad)
+        return {name: tensor.to(self.cm.device).repeat(times, 1) for name, tensor in batch.items()}
+
+    def rows(self, store: Store) -> np.ndarray:
+        """The images that rungs are scored on: `train.val_images`, evenly spread over the split."""
+        count = min(store.count, self.config.train.val_images)
+        return np.arange(count, dtype=np.int64) * store.count // count
+
+    def evaluate(self, store: Store, slots: int) -> list[EvalResult]:
+        """One result a slot, its `step` left at 0."""
+        from raycap.evaluate.collapse import collapse
+        from raycap.evaluate.significance import standard_error
+
+        rows = self.rows(store)
+        ids = [store.image_ids[r] for r in rows]
+        references = {i: store.references[i] for i in ids}
+        groups = [store.groups[i] for i in ids]
+        losses = self.losses(store, rows, slots)
+        found = []
+        for loss, texts in zip(losses, self.captions(store, rows, slots)):
+            captions = dict(zip(ids, texts))
+            cider, per_image = self._scorer(store, references).score(captions)
+            error = standard_error(np.asarray(per_image), groups=groups)
+            found.append(
+                EvalResult(0, loss, float(cider), float(error), captions, collapse(texts, list(references.values())))
+            )
+        return found
+
+    def _scorer(self, store: Store, references: dict[str, list[str]]) -> Any:
+        from raycap.evaluate.cider import CiderScorer
+
+        key = str(store.folder)
+        if key not in self._scorers:
+            self._scorers[key] = CiderScorer(references)
+        return self._scorers[key]
+
+    def losses(self, store: Store, rows: np.ndarray, slots: int) -> list[float]:
+        """Mean loss a token of each slot, on one reference an image: the first of the first image, the second of the
+        second, and so on around, so that every way of wording counts at the price of one."""
+        pairs = np.stack([rows, np.arange(len(rows)) % store.captions_per_image[rows]], axis=1)
+        total, tokens = torch.zeros(slots, device=self.cm.device, dtype=torch.float64), 0
+        one = torch.ones(slots, device=self.cm.device)
+        for part in self._parts(pairs, slots):
+            store.wait(part[:, 0])
+            text = self.text(store, part, times=slots)
+            images = self.images.rows(store, part[:, 0])
+            if not self.images.stored:
+                images = _tiled(images, slots)
+            output = self.cm.family.label_logits(self.cm, text, images)
+            total += slot_losses(*output, len(part), one)
+            tokens += int((store.token_lens(part) - store.prompt_lens(part)).sum())
+        return (total / max(tokens, 1)).tolist()
+
+    def captions(self, store: Store, rows: np.ndarray, slots: int) -> list[list[str]]:
+        """Per slot, a caption for each image of `rows`. `slots` 0 or 1: whatever the model is."""
+        slots = max(1, slots)
+        found: list[list[str]] = [[] for _ in range(slots)]
+        for part in self._parts(rows, slots):
+            images = _tiled(self.images.rows(store, part), slots)
+            texts = self.cm.family.generate(self.cm, images, self.config.decode)
+            for k in range(slots):
+                found[k] += texts[k * len(part) : (k + 1) * len(part)]
+        return found
+
+    def _parts(self, rows: np.ndarray, slots: int) -> list[np.ndarray]:
+        size = max(1, self.config.decode.batch // max(1, slots))
+        return np.array_split(rows, math.ceil(len(rows) / size))
+
+
+def _tiled(images: torch.Tensor, times: int) -> torch.Tensor:
+    """[n, ...] -> [times * n, ...], slot-major."""
+    return images.repeat(times, *[1] * (images.dim() - 1))
