@@ -143,6 +143,7 @@ class _Sweep:
 
     def run(self, on_progress: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
         """Start, watch, and end everything; the board's last snapshot."""
+        STOPPING.discard(self.name)  # left by an earlier try in this process
         for worker in (*self.packs, self.tune):
             worker.start()
         last: dict[str, Any] = {}
