@@ -7,7 +7,7 @@
 All sides get the same trials, the same samples at the same step, the same shards, NF4 base, tokeniser, rungs,
 validation images and decoding. Each runs in a fresh process that starts with empty caches; its seconds are those of the
 process. Rounds go through the sides in turn. Preparing the shards comes before, once, and is not counted for anybody.
-Figures as JSON on stdout, progress on stderr. What is compared, and how the peers were tuned: docs/decisions.md.
+Figures as JSON on stdout, progress on stderr. What is compared, and how the peers were tuned: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +91,7 @@ def settings(options: argparse.Namespace, out: Path) -> Any:
     from raycap.config import load_config
 
     shapes = options.data == "shapes"
-    source = options.data if shapes else str(Path(options.data).absolute())
+    source = options.data if shapes else str(Path(options.data).expanduser().resolve())
     chosen = [f"data.source={source}", f"run.cache_dir={out / 'shards'}"]
     if options.quick:
         chosen += [*QUICK, "tune.trials=3"]
@@ -113,6 +114,7 @@ def shared_job(config: Any, options: argparse.Namespace, out: Path) -> dict[str,
     from raycap.data.shards import open_shards, prepare_if_needed
     from raycap.models import load_family, load_model, resolve_path
     from raycap.models.quantise import pick_dtype
+    from raycap.train.validate import Validator
     from raycap.tune.schedule import rungs
     from raycap.tune.space import sample_trials
 
@@ -148,7 +150,7 @@ def shared_job(config: Any, options: argparse.Namespace, out: Path) -> dict[str,
         "eta": config.tune.eta,
         "prompt": config.data.prompt,
         "max_text_tokens": config.data.max_text_tokens,
-        "val_images": config.train.val_images,
+        "val_rows": Validator(None, None, config).rows(SimpleNamespace(count=shards.counts["val"])).tolist(),
         "decode": config.to_dict()["decode"],
         "dataloader_workers": options.dataloader_workers,
         "asha_cpus": options.asha_cpus,

@@ -42,10 +42,15 @@ def test_the_best_trial_is_far_above_the_worst_and_below_the_ceiling(tmp_path, c
     unseen = sum(c not in seen for captions in test.values() for c in captions) / sum(map(len, test.values()))
     val = {i: shards.references("val")[i] for i in found["good"].captions}
     # Where people agree: each of the five references in turn against the other four.
-    ceiling = sum(
-        CiderScorer({i: texts[:n] + texts[n + 1 :] for i, texts in val.items()}).score({i: t[n] for i, t in val.items()})[0]
-        for n in range(5)
-    ) / 5
+    ceiling = (
+        sum(
+            CiderScorer({i: texts[:n] + texts[n + 1 :] for i, texts in val.items()}).score(
+                {i: t[n] for i, t in val.items()}
+            )[0]
+            for n in range(5)
+        )
+        / 5
+    )
     best, worst = found["good"].cider, found["timid"].cider
     with capsys.disabled():
         print(

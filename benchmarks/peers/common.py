@@ -1,8 +1,7 @@
 """What both `transformers.Trainer` peers do alike: data, NF4 base, LoRA, one run, captions, and where its time goes.
 
 Nothing of raycap is used here but the scorer of captions, which is faster than pycocoevalcap's at the same figures, so
-that neither side wins by its metric. What was tried for speed on two CPU cores, and what was kept, stands in
-docs/decisions.md ("The benchmark's peers").
+that neither side wins by its metric. What was tried for speed, and what was kept, stands in benchmarks/README.md.
 
 Shapes: N images, B rows, T text positions.
 """
@@ -44,7 +43,7 @@ def prepare_data(job: Job) -> dict[str, Any]:
     for split in ("train", "val"):
         rows = Dataset.from_parquet(job["files"][split], cache_dir=str(Path(job["work"]) / "arrow"))
         if split == "val":
-            rows = rows.select(range(min(len(rows), job["val_images"])))
+            rows = rows.select(job["val_rows"])
         pixels = []
         for batch in rows.iter(64):
             images = [image.convert("RGB") for image in batch["image"]]
@@ -108,7 +107,7 @@ def load_base(job: Job) -> Any:
     dtype = getattr(torch, job["dtype"])
     model = AutoModelForCausalLM.from_pretrained(
         job["model"],
-        dtype=dtype,
+        dtype="auto",
         device_map={"": job["device"]},
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
@@ -118,9 +117,15 @@ def load_base(job: Job) -> Any:
         ),
     )
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
+        packed = isinstance(module, bnb.nn.Linear4bit)
+        if packed:
             # On a CPU with AVX512-BF16 the first eval forward would repack the weight, and training break after it.
             module.support_avx512bf16_for_cpu = False
+            module.weight.quant_state.dtype = dtype
+        # Quantised from the checkpoint's own dtype, as in raycap, and everything else in the one that is computed in.
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and not (packed and name == "weight"):
+                parameter.data = parameter.data.to(dtype)
     model.requires_grad_(False)
     return model
 

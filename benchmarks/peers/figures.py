@@ -39,7 +39,7 @@ def pack_seconds(packs: Sequence[Mapping[str, Any]], began: float, wall_s: float
     """The same for the product: a lane is a pack, in which all of its slots train at a time."""
     found = dict.fromkeys(KINDS, 0.0)
     for p in packs:
-        found["start_up"] += (p["first_step"] or began + wall_s) - began
+        found["start_up"] += (p["first_step"] or began + wall_s) - began - p["vision_before"]
         found["vision"] += p["vision"]
         found["forward_backward"] += p["step"]
         found["evaluation"] += p["evaluate"]

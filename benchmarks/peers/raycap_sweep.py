@@ -39,6 +39,7 @@ class Stopwatch:
         self.file = file
         self.seconds = {"vision": 0.0, "step": 0.0, "evaluate": 0.0}
         self.first_step: float | None = None
+        self.vision_before = 0.0
 
     def inner(self, kind: str, call: Any) -> Any:
         def timed(*arguments: Any, **options: Any) -> Any:
@@ -55,7 +56,8 @@ class Stopwatch:
 
     def outer(self, kind: str, call: Any) -> Any:
         def timed(*arguments: Any, **options: Any) -> Any:
-            self.first_step = self.first_step or time.time()
+            if self.first_step is None:
+                self.first_step, self.vision_before = time.time(), self.seconds["vision"]
             before, inside = time.perf_counter(), self.seconds["vision"]
             found = call(*arguments, **options)
             self.seconds[kind] += time.perf_counter() - before - (self.seconds["vision"] - inside)
@@ -66,8 +68,8 @@ class Stopwatch:
     def writing(self, call: Any) -> Any:
         def timed(*arguments: Any, **options: Any) -> Any:
             found = call(*arguments, **options)
-            text = json.dumps({**self.seconds, "first_step": self.first_step, "pid": os.getpid()})
-            self.file.write_text(text, encoding="utf-8")
+            facts = {"first_step": self.first_step, "vision_before": self.vision_before, "pid": os.getpid()}
+            self.file.write_text(json.dumps({**self.seconds, **facts}), encoding="utf-8")
             return found
 
         return timed

@@ -7,8 +7,9 @@ mask, and a trial in a pack meets the masks that it would meet alone.
 Shapes: K slots, b rows a slot, D features. Rows are slot-major: slot k owns the k-th block of b rows.
 
 The hash is multiplicative (Dietzfelbinger et al. 1997): the odd 32-bit hash of an element's line (everything but module
-and feature) times the odd 32-bit hash of its column (module, feature), modulo 2^32. A line's hash is drawn once a step
-for all modules and a column's once a run, so an element costs one integer multiplication and one comparison.
+and feature) times the odd 32-bit hash of its pair of columns (module, features 2j and 2j + 1), modulo 2^32, whose two
+halves decide for one feature each. A line's hash is drawn once a step for all modules, a column's once a run. A mask is
+an integer of all ones or all zeros, put on by a bitwise and: on a CPU a third of the cost of booleans, measured.
 """
 
 from __future__ import annotations
@@ -39,9 +40,23 @@ def _odd_int32(hashes: torch.Tensor) -> torch.Tensor:
 
 
 def drop_limits(shares: Sequence[float], device: torch.device) -> torch.Tensor:
-    """Thresholds int32 [K]: a hash below its slot's is dropped, which happens with probability `shares`."""
-    limits = [min(round(p * 2**32), 2**32 - 1) - 2**31 for p in shares]
-    return torch.tensor(limits, dtype=torch.int32, device=device)
+    """Thresholds int16 [K]: of 15 bits of an element's hash, what lies below its slot's is dropped."""
+    return torch.tensor([_limit(p) for p in shares], dtype=torch.int16, device=device)
+
+
+def kept_share(p: float) -> float:
+    """What is left where `p` is asked to be dropped: 1 - p, to 15 bits."""
+    return 1 - _limit(p) / 2**15
+
+
+def _limit(p: float) -> int:
+    return min(round(p * 2**15), 2**15 - 1)
+
+
+def put_on(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`x` where `mask` is all ones, and 0 where it is 0; same shape, outside autograd."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return (x.view(integers) & mask.to(integers)).view(x.dtype)
 
 
 class Keys:
@@ -71,13 +86,16 @@ class Keys:
         self._slot_hashes = None
         self._lines.clear()
 
-    def keep(self, name: str, shape: torch.Size, limits: torch.Tensor, slots: int | None = None) -> torch.Tensor:
-        """Which elements of [K*b, ..., D] stay: bool of that shape, or its first `slots` blocks of rows."""
-        rows = shape[0] // self.slots * (self.slots if slots is None else slots)
-        lines = self._lines_of(shape[:-1])[:rows]
-        columns = self._columns_of(name, shape[-1], lines.device)
-        bound = limits.repeat_interleave(shape[0] // self.slots)[:rows].view(-1, *[1] * (len(shape) - 1))
-        return (lines.unsqueeze(-1) * columns) >= bound
+    def mask(self, name: str, shape: torch.Size, limits: torch.Tensor) -> torch.Tensor:
+        """Mask int16 [d, n, D] of the first d = len(limits) of K slots, for a tensor of `shape` [K*b, ..., D].
+
+        Element (k, i, j) belongs to the i-th line of slot k, its rows' other axes flattened.
+        """
+        lines = self._lines_of(shape[:-1]).view(self.slots, -1, 1)[: len(limits)]
+        hashes = lines * self._columns_of(name, (shape[-1] + 1) // 2, lines.device)
+        hashes ^= hashes >> 16  # the lower half of a product is poor by itself
+        low = hashes.view(torch.int16)[..., : shape[-1]] & 0x7FFF
+        return ((limits - 1).view(-1, 1, 1) - low) >> 15
 
     def _lines_of(self, shape: torch.Size) -> torch.Tensor:
         key = tuple(shape)
@@ -97,6 +115,20 @@ class Keys:
         return self._columns[name, size]
 
 
+class _Drop(torch.autograd.Function):
+    """x [K*b, ..., D] with `mask` [K, n, D] on, and so its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, mask):
+        ctx.save_for_backward(mask)
+        return put_on(x.reshape(mask.shape), mask).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        return put_on(grad.reshape(mask.shape), mask).view(grad.shape), None
+
+
 class KeyedDropout(nn.Module):
     """Stands in for an nn.Dropout of the base; the same share for every slot. Does nothing outside training."""
 
@@ -107,8 +139,8 @@ class KeyedDropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not (self.training and self.keys.on):
             return x
-        keep = self.keys.keep(self.name, x.shape, drop_limits([self.p] * self.keys.slots, x.device))
-        return x * keep * (1 / (1 - self.p))
+        mask = self.keys.mask(self.name, x.shape, drop_limits([self.p] * self.keys.slots, x.device))
+        return _Drop.apply(x, mask) * (1 / kept_share(self.p))
 
     def extra_repr(self) -> str:
         return f"p={self.p}, keyed"

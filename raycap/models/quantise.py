@@ -39,7 +39,9 @@ def load_weights(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
     saved = getattr(config, "quantization_config", None)
     if saved is not None:
-        kind = saved.get("bnb_4bit_quant_type") if isinstance(saved, dict) else getattr(saved, "bnb_4bit_quant_type", "")
+        kind = (
+            saved.get("bnb_4bit_quant_type") if isinstance(saved, dict) else getattr(saved, "bnb_4bit_quant_type", "")
+        )
         if kind != "nf4":
             raise ModelError(f"{path} is quantised ({saved}), but not in NF4; only NF4 and unquantised models load")
         model = family.load_weights(path, dtype="auto", device_map={"": str(device)}, **options)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from raycap.models.dropout import Keys, drop_limits
+from raycap.models.dropout import Keys, drop_limits, kept_share, put_on
 from raycap.trial import TrialSpec
 
 Weights = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -29,56 +29,70 @@ KINDS = ("value", "m", "v")
 
 
 class _AddLora(torch.autograd.Function):
-    """y += (x A^T) B^T, slot by slot and in place, with the six products written out.
+    """y += (x A^T) B^T, slot by slot and in place, with the products of both directions written out.
 
-    y [K*b, ..., O], x [K*b, ..., I], A [K, R, I], B [K, O, R]. `keep` masks x for the first slots (bool [d, n, I]) and
-    `boost` [d, 1, 1] is their 1 / (1 - p), applied where the tensors are narrow.
+    y [K*b, ..., O], x [K*b, ..., I]; A, B and where their gradients add up are `site`'s. `mask` [d, n, I] drops parts
+    of x for the first d slots. `anchor` requires a gradient, so that backward comes here where neither x nor y does.
     """
 
     @staticmethod
-    def forward(ctx, y, x, A, B, keep, boost):
+    def forward(ctx, y, x, anchor, site, mask):
+        A, B = site.A, site.B
         slots = A.shape[0]
-        inner, out = x.reshape(slots, -1, x.shape[-1]), y.view(slots, -1, y.shape[-1])
-        if keep is not None:
-            dropped = inner[: len(keep)] * keep
-            inner = dropped if len(keep) == slots else torch.cat([dropped, inner[len(keep) :]])
-        if slots == 1:  # plain matrix products: no batch to walk over
-            narrow = (inner[0] @ A[0].mT)[None]
-        else:
-            narrow = torch.bmm(inner, A.mT)
-        if keep is not None:
-            narrow[: len(keep)] *= boost
+        rows, out = x.reshape(slots, -1, x.shape[-1]), y.view(slots, -1, y.shape[-1])
+        dropped = None if mask is None else put_on(rows[: len(mask)], mask)
+        narrow = torch.empty(*rows.shape[:2], A.shape[1], dtype=A.dtype, device=A.device)
+        for part, inner in _parts(rows, dropped):
+            _product(inner, A[part].mT, narrow[part])
         if slots == 1:
             out[0].addmm_(narrow[0], B[0].mT)
         else:
             out.baddbmm_(narrow, B.mT)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(inner, narrow, A, B, keep, boost)
+        ctx.site = site
+        ctx.save_for_backward(rows, narrow, A, B, mask, dropped)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        inner, narrow, A, B, keep, boost = ctx.saved_tensors
-        slots, shape = A.shape[0], grad.shape[:-1]
-        g = grad.reshape(slots, -1, grad.shape[-1])
-        product = _first_matmul if slots == 1 else torch.bmm
-        grad_B = product(g.mT, narrow)
-        grad_narrow = product(g, B)
-        if keep is not None:
-            grad_narrow[: len(keep)] *= boost
-        grad_A = product(grad_narrow.mT, inner)
+        rows, narrow, A, B, mask, dropped = ctx.saved_tensors
+        g = grad.reshape(len(A), -1, grad.shape[-1])
+        _add_product(ctx.site.grad_B, g.mT, narrow)
+        grad_narrow = _product(g, B, torch.empty_like(narrow))
+        for part, inner in _parts(rows, dropped):
+            _add_product(ctx.site.grad_A[part], grad_narrow[part].mT, inner)
         grad_x = None
         if ctx.needs_input_grad[1]:
-            grad_x = product(grad_narrow, A)
-            if keep is not None:
-                grad_x[: len(keep)] *= keep
-            grad_x = grad_x.view(*shape, -1)
-        return grad, grad_x, grad_A, grad_B, None, None
+            grad_x = _product(grad_narrow, A, torch.empty_like(rows))
+            if mask is not None:
+                grad_x[: len(mask)] = put_on(grad_x[: len(mask)], mask)
+            grad_x = grad_x.view(*grad.shape[:-1], -1)
+        return grad, grad_x, None, None, None
 
 
-def _first_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a[0] @ b[0])[None]
+def _parts(rows: torch.Tensor, dropped: torch.Tensor | None) -> list[tuple[slice, torch.Tensor]]:
+    """The slots with dropout and those without, each with what their A is applied to."""
+    if dropped is None:
+        return [(slice(None), rows)]
+    d = len(dropped)
+    return [(slice(0, d), dropped)] + ([(slice(d, None), rows[d:])] if d < len(rows) else [])
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Batched product into `out`; a batch of one is a plain one, which is faster."""
+    if len(a) == 1:
+        torch.mm(a[0], b[0], out=out[0])
+    else:
+        torch.bmm(a, b, out=out)
+    return out
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    if len(a) == 1:
+        total[0].addmm_(a[0], b[0])
+    else:
+        total.baddbmm_(a, b)
 
 
 class StackedLora(nn.Module):
@@ -87,24 +101,24 @@ class StackedLora(nn.Module):
     def __init__(self, base: nn.Module, name: str, keys: Keys):
         super().__init__()
         self.base, self.name, self.keys = base, name, keys
+        self.anchor = torch.zeros((), requires_grad=True)
         self.A: torch.Tensor | None = None
+        """[K, R, I]; B is [K, O, R] and holds alpha / r too. Views of the stacks, as are the gradients."""
         self.B: torch.Tensor | None = None
+        self.grad_A: torch.Tensor | None = None
+        self.grad_B: torch.Tensor | None = None
         self.limits: torch.Tensor | None = None
-        """Dropout thresholds [K], or None where no slot drops."""
-        self.boost: torch.Tensor | None = None
-        """[d, 1, 1], 1 / (1 - p) of the d slots that drop, which come first."""
+        """Dropout thresholds [d] of the slots that drop, which come first."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
         if self.A is None:
             return y
-        keep = None
-        if self.boost is not None and self.training and self.keys.on:
-            keep = self.keys.keep(f"lora:{self.name}", x.shape, self.limits, slots=len(self.boost))
-            keep = keep.reshape(len(self.boost), -1, x.shape[-1])
-        if y.dtype == self.A.dtype:
-            return _AddLora.apply(y, x.to(y.dtype), self.A, self.B, keep, self.boost)
-        return _AddLora.apply(y.to(self.A.dtype), x.to(self.A.dtype), self.A, self.B, keep, self.boost).to(y.dtype)
+        mask = None
+        if self.limits is not None and self.training and self.keys.on:
+            mask = self.keys.mask(f"lora:{self.name}", x.shape, self.limits)
+        kind = self.A.dtype
+        return _AddLora.apply(y.to(kind), x.to(kind), self.anchor, self, mask).to(y.dtype)
 
     # What code around a linear may ask of it.
     @property
@@ -179,8 +193,13 @@ class Stacks:
         self.grads = torch.zeros_like(self.value)
         self._work = torch.zeros_like(self.value, dtype=self.compute_dtype)
         self._work_grads = torch.zeros_like(self._work)
-        self.scale = torch.tensor([s.scale for s in specs], device=self.device, dtype=self.dtype)[:, None]
-        self._bind(self._work, range(len(specs)), self._work_grads)
+        self.scale = self._column([s.scale for s in specs])
+        # What dropout leaves is scaled up through B as well, not element by element.
+        self.train_scale = self._column([s.scale / kept_share(s.dropout) for s in specs])
+        self._bind(self._work, self._work_grads)
+
+    def _column(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, device=self.device, dtype=self.dtype)[:, None]
 
     def _place(self) -> None:
         """Where each module's A and B begin in a slot's row."""
@@ -198,38 +217,43 @@ class Stacks:
         a = flat[:, down : down + self.rank * inputs].view(-1, self.rank, inputs)
         return a, flat[:, up : up + self.rank * outputs].view(-1, outputs, self.rank)
 
-    def _bind(self, work: torch.Tensor, slots: Sequence[int], grads: torch.Tensor | None) -> None:
-        """Let the modules use `work` [len(slots), P]; with `grads`, as leaves whose gradients add up there."""
-        specs = [self.specs[k] for k in slots]
-        dropping = [s.dropout for s in specs if s.dropout > 0]
-        limits = drop_limits([s.dropout for s in specs], self.device) if dropping else None
-        boost = torch.tensor([1 / (1 - p) for p in dropping], device=self.device, dtype=self.dtype)[:, None, None]
+    def _bind(self, work: torch.Tensor, grads: torch.Tensor | None) -> None:
+        """Let the modules use `work` [K', P]; with `grads` to train, their gradients adding up there."""
+        dropping = [s.dropout for s in self.specs if s.dropout > 0]
+        limits = drop_limits(dropping, self.device) if dropping and grads is not None else None
         for path, site in self.sites.items():
-            site.A = site.B = site.limits = site.boost = None
-            if path not in self._places or not specs:
-                continue
-            site.A, site.B = (view.detach() for view in self.views(work, path))
-            if grads is not None:
-                site.A.requires_grad_(), site.B.requires_grad_()
-                site.A.grad, site.B.grad = self.views(grads, path)
-                site.limits, site.boost = limits, boost if dropping else None
+            site.A = site.B = site.grad_A = site.grad_B = None
+            site.limits = limits
+            if path in self._places and len(work):
+                site.A, site.B = self.views(work, path)
+                if grads is not None:
+                    site.grad_A, site.grad_B = self.views(grads, path)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Copy the parameters into what the modules compute with, B times alpha / r, and begin with zero gradients."""
-        self._fill(self._work, self.value, self.scale)
-        self.grads.zero_()
+        """Begin a step: copy the parameters into what the modules compute with."""
+        self._fill(self._work, self.value, self.train_scale)
+        self._collected = False
 
-    def _fill(self, work: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> None:
-        work[:, : self.half] = values[:, : self.half]
-        torch.mul(values[:, self.half :], scale, out=work[:, self.half :])
+    def _fill(self, work: torch.Tensor, value: torch.Tensor, scale: torch.Tensor) -> None:
+        work[:, : self.half] = value[:, : self.half]
+        torch.mul(value[:, self.half :], scale, out=work[:, self.half :])
 
     def collect(self) -> None:
-        """Add what backward left to `grads` [K, P], the gradients of the parameters."""
-        self.grads[:, : self.half] += self._work_grads[:, : self.half]
-        # A product in fp32: alpha / r on a gradient in 16 bits would round a second time.
-        self.grads[:, self.half :].addcmul_(self._work_grads[:, self.half :].to(self.dtype), self.scale)
+        """Take what the backward of a piece left into `grads` [K, P], the gradients of the parameters."""
+        downs, ups = self._work_grads[:, : self.half], self._work_grads[:, self.half :]
+        if self._collected:
+            self.grads[:, : self.half] += downs
+            self.grads[:, self.half :].addcmul_(ups.to(self.dtype), self.train_scale)
+        else:
+            self.grads[:, : self.half] = downs
+            torch.mul(ups, self.train_scale, out=self.grads[:, self.half :])
+        self._collected = True
+        self._work_grads.zero_()
+
+    def discard(self) -> None:
+        """Forget the gradients of a piece that did not come to its end."""
         self._work_grads.zero_()
 
     @contextmanager
@@ -240,11 +264,11 @@ class Stacks:
         if len(chosen):
             self._fill(work, self.value[chosen], self.scale[chosen])
         try:
-            self._bind(work, slots, None)
+            self._bind(work, None)
             with torch.no_grad():
                 yield
         finally:
-            self._bind(self._work, range(len(self.specs)), self._work_grads)
+            self._bind(self._work, self._work_grads)
 
     # --- out ----------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import torch
 from raycap.errors import ModelError
 from raycap.files import atomic_folder, read_json, write_json
 
+_CONTIGUOUS = torch.contiguous_format
 TENSORS = ("value", "m", "v", "best")
 """Parts of a state that are {module path: (A, B)}; the rest is plain."""
 
@@ -25,7 +26,8 @@ def save(folder: Path | str, states: Mapping[str, Mapping[str, Any]]) -> Path:
             for kind in TENSORS:
                 for path, pair in (state[kind] or {}).items():
                     for name, tensor in zip("AB", pair):
-                        tensors[f"{kind}/{path}/{name}"] = tensor.detach().cpu().contiguous()
+                        # A copy: the best weights may be the present ones, and safetensors refuses shared memory.
+                        tensors[f"{kind}/{path}/{name}"] = tensor.detach().cpu().clone(memory_format=_CONTIGUOUS)
             save_file(tensors, temporary / f"{trial_id}.safetensors")
             write_json(temporary / f"{trial_id}.json", {k: v for k, v in state.items() if k not in TENSORS})
         write_json(temporary / "manifest.json", {"trials": list(states)})

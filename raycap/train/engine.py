@@ -210,6 +210,7 @@ class PackEngine:
                     ) from error
                 # Keyed dropout and the token-exact loss make the repeated step the same step.
                 self.micro = math.ceil(self.micro / 2)
+                self.stacks.discard()
             finally:
                 self.keys.clear()
             torch.cuda.empty_cache()
@@ -225,7 +226,9 @@ class PackEngine:
         )
         rates = self.optimiser.rates
         found = {}
-        for trial_id, loss, norm, good, lr in zip(self.stacked, losses.tolist(), norms.tolist(), finite.tolist(), rates):
+        for trial_id, loss, norm, good, lr in zip(
+            self.stacked, losses.tolist(), norms.tolist(), finite.tolist(), rates
+        ):
             slot = self.slots[trial_id]
             slot.step += 1
             slot.updates += good
@@ -253,10 +256,10 @@ class PackEngine:
             text = self.validator.text(train, pairs, times=len(slots) if shared else 1)
             self.keys.set(seeds, steps, self.device, first)
             output = self.cm.family.label_logits(self.cm, text, self.images.rows(train, pairs[:, 0]))
-            piece = slot_losses(*output, len(text["labels"]) // len(slots), tokens)
-            (piece if scales is None else piece * scales).sum().backward()
+            gradient, rows = output.logits.detach(), len(text["labels"]) // len(slots)
+            losses += slot_losses(gradient, output.labels, output.rows, rows, tokens, gradient=True, scales=scales)
+            output.logits.backward(gradient)
             self.stacks.collect()
-            losses += piece.detach()
         return losses
 
     # --- scoring ------------------------------------------------------------------------------------------------------
@@ -269,7 +272,7 @@ class PackEngine:
         found = {}
         with self._decoding(trial_ids) as order:
             results = self.validator.evaluate(self.stores["val"], len(order))
-        for _k, (trial_id, result) in enumerate(zip(order, results)):
+        for trial_id, result in zip(order, results):
             slot = self.slots[trial_id]
             score = result.cider if self.config.train.select_by == "cider" else -result.val_loss
             if math.isfinite(score) and score > slot.best_score:
@@ -287,6 +290,7 @@ class PackEngine:
     def zero_shot(self, split: str) -> dict[str, str]:
         """Captions of the base before any training."""
         return self.caption(None, split)
+
     @contextmanager
     def _decoding(self, trial_ids: list[str]) -> Iterator[list[str]]:
         """The model applies these slots alone, in eval mode and without gradients; yields them in the rows' order."""

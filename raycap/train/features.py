@@ -68,7 +68,10 @@ class Images:
                 digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
             self._key = Store.key(
-                tower=digest.hexdigest(), dtype=str(self.cm.compute_dtype), device=self.cm.device.type, batch=TOWER_BATCH
+                tower=digest.hexdigest(),
+                dtype=str(self.cm.compute_dtype),
+                device=self.cm.device.type,
+                batch=TOWER_BATCH,
             )
         return self._key
 

@@ -85,6 +85,7 @@ class BoardLink:
     def exchange(self, report: dict[str, Any], wait_s: float) -> dict[str, Any]:
         import ray
 
+        report = {**report, "memory_bytes": memory_bytes()}
         return ray.get(self.board.exchange.remote(self.pack, self.nonce, report, wait_s))
 
     def watch(self, log: Callable[[str], None]) -> None:
@@ -169,6 +170,17 @@ class TrainKeeper:
             ray.train.report({"saves": self.saves}, checkpoint=ray.train.Checkpoint.from_directory(folder))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def memory_bytes() -> int:
+    """What this worker holds: of the GPU where there is one, else of this machine's memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_reserved()
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 def load_attribute(place: str) -> Any:

@@ -11,6 +11,7 @@ from raycap.files import read_json
 from raycap.train.record import TrialRecord
 from raycap.trial import TrialSpec
 from raycap.tune.board import Board
+from raycap.tune.gauges import Gauges
 
 
 class BoardActor:
@@ -30,6 +31,7 @@ class BoardActor:
             verdicts=verdicts,
             records=read_records(run_dir),
         )
+        self._gauges = Gauges(plan["run"])
         self._changed = asyncio.Event()
 
     async def lease(self, trial_id: str, client: str) -> None:
@@ -93,7 +95,9 @@ class BoardActor:
         self._wake()
 
     async def snapshot(self) -> dict[str, Any]:
-        return self.board.snapshot()
+        found = self.board.snapshot()
+        self._gauges.set(found)
+        return found
 
     def _wake(self) -> None:
         self._changed.set()

@@ -51,6 +51,7 @@ class PackSeat:
     waiting_since: float = 0.0
     hold_since: float | None = None
     rate: float = 0.0
+    memory_bytes: int = 0
     phase: str = "starting"
     said_bye: bool = False
 
@@ -147,7 +148,7 @@ class Board:
 
         report: active {trial: step}, records {trial: TrialRecord as dict} of the active, ended {trial: record},
         cohorts [{step, scores {trial: score}, metrics {trial: {...}}}] that wait for verdicts, rate (slot steps a
-        second), phase.
+        second), phase, memory_bytes.
         """
         me = self.packs.get(pack)
         if me is None:
@@ -156,6 +157,7 @@ class Board:
             return {"stale": True}
         me.active, me.rate = dict(report["active"]), report.get("rate", 0.0)
         me.phase = report.get("phase", "training")
+        me.memory_bytes = report.get("memory_bytes", 0)
         for trial_id, values in {**report.get("records", {}), **report.get("ended", {})}.items():
             self._take_record(trial_id, values, final=trial_id in report.get("ended", {}), pack=pack)
         before, me.waiting, me.cohorts = me.waiting, {}, list(report.get("cohorts", []))
@@ -243,7 +245,7 @@ class Board:
             "steps_left": left,
             "eta": left / rate if rate else None,
             "packs": {name: {"pid": p.pid, "lives": p.lives, "phase": p.phase, "slots": len(p.active),
-                             "rate": p.rate, "bye": p.said_bye} for name, p in self.packs.items()},
+                             "rate": p.rate, "memory_bytes": p.memory_bytes, "bye": p.said_bye} for name, p in self.packs.items()},
             "unclaimed": self.unclaimed(),
             "leases": sum(bool(seat.client) for seat in self.seats.values()),
             "notes": list(self.notes),

@@ -41,7 +41,23 @@ def test_the_run_folder_keeps_its_contract(run):
         assert set(found) == {"bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider"}
         assert all(set(s) == {"score", "signature"} and s["signature"] for s in found.values())
     rows = list(csv.DictReader((run / "trials.csv").open()))
-    assert list(rows[0]) == "trial_id state rank alpha scale lr dropout targets steps rung val_loss cider cider_se seconds reason".split()
+    assert list(rows[0]) == [
+        "trial_id",
+        "state",
+        "rank",
+        "alpha",
+        "scale",
+        "lr",
+        "dropout",
+        "targets",
+        "steps",
+        "rung",
+        "val_loss",
+        "cider",
+        "cider_se",
+        "seconds",
+        "reason",
+    ]
     assert len(rows) == 4 and all(float(r["scale"]) == float(r["alpha"]) / int(r["rank"]) for r in rows)
     assert {r["state"] for r in rows} <= {"finished", "stopped", "diverged"} and "stopped" in {r["state"] for r in rows}
     gate = read_json(run / "gate.json")
@@ -80,7 +96,9 @@ def test_predictions_score_the_same_in_pycocoevalcap(run):
 def test_served_captions_are_the_local_ones(run):
     entry = read_json(run / "run.json")
     assert entry["served_equals_local"]["different"] == 0
-    assert read_jsonl(run / "predictions" / "test.served.jsonl") == read_jsonl(run / "predictions" / "test.merged.jsonl")
+    assert read_jsonl(run / "predictions" / "test.served.jsonl") == read_jsonl(
+        run / "predictions" / "test.merged.jsonl"
+    )
 
 
 @pytest.mark.ray
@@ -98,8 +116,14 @@ def test_adapter_and_merged_models_load_in_plain_libraries(run):
     merged = AutoModelForCausalLM.from_pretrained(run / "best" / "merged", dtype=torch.float32)
     packed = AutoModelForCausalLM.from_pretrained(run / "best" / "merged-nf4")
     processor = AutoProcessor.from_pretrained(run / "best" / "merged")
-    assert processor.tokenizer.decode(processor.tokenizer("a red dog")["input_ids"], skip_special_tokens=True) == "a red dog"
-    inputs = {"input_ids": torch.tensor([[1]]), "pixel_values": torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))}
+    assert (
+        processor.tokenizer.decode(processor.tokenizer("a red dog")["input_ids"], skip_special_tokens=True)
+        == "a red dog"
+    )
+    inputs = {
+        "input_ids": torch.tensor([[1]]),
+        "pixel_values": torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
+    }
     with torch.no_grad():
         adapter_logits, merged_logits = adapted(**inputs).logits, merged(**inputs).logits
         assert torch.isfinite(packed(**inputs).logits).all()
@@ -129,7 +153,9 @@ def test_a_refused_gate_serves_nothing_and_says_why(tmp_path, monkeypatch):
     shards = SimpleNamespace(folder=tmp_path, counts={"test": 1}, content_sha256="0")
     monkeypatch.setattr(main_job._Run, "_prepare", lambda self: shards)
     monkeypatch.setattr(main_job._Run, "_sweep", lambda self, s, resume: None)
-    monkeypatch.setattr(main_job._Run, "_export", lambda self, ray, s, f: {"refused": "merged fell by 40 %", "captions": {}})
+    monkeypatch.setattr(
+        main_job._Run, "_export", lambda self, ray, s, f: {"refused": "merged fell by 40 %", "captions": {}}
+    )
     monkeypatch.setattr(main_job._Run, "_score", lambda self, s, c, f: None)
     monkeypatch.setattr(main_job._Run, "_serve", lambda *a: served.append(a))
     monkeypatch.setattr(main_job, "connect", lambda config: __import__("contextlib").nullcontext())
@@ -145,7 +171,10 @@ def test_a_space_that_cannot_be_sampled_leaves_no_folder(tmp_path):
     from raycap.pipeline import sweep
 
     with pytest.raises(ConfigError, match=r"train\.lr"):
-        sweep(load_config("shapes-git", [f"run.dir={tmp_path / 'run'}", "tune.space={train.lr: {loguniform: [1, 0]}}"]), plain=True)
+        sweep(
+            load_config("shapes-git", [f"run.dir={tmp_path / 'run'}", "tune.space={train.lr: {loguniform: [1, 0]}}"]),
+            plain=True,
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -165,7 +194,11 @@ def test_sentences_say_what_the_intervals_say():
     def verdict(low, high):
         return {"difference": (low + high) / 2, "low": low, "high": high}
 
-    told = {"zero-shot": verdict(0.1, 0.3), "constant": verdict(-0.1, 0.1), "runner-up": {"trial": "t07", **verdict(-0.3, -0.1)}}
+    told = {
+        "zero-shot": verdict(0.1, 0.3),
+        "constant": verdict(-0.1, 0.1),
+        "runner-up": {"trial": "t07", **verdict(-0.3, -0.1)},
+    }
     text = _sentence("t03", told)
     assert "adapter of t03 beats zero-shot by CIDEr +0.200 [0.100, 0.300]" in text
     assert "cannot be told apart from the constant caption" in text and "worse than the runner-up t07" in text
