@@ -2,9 +2,8 @@
 
     python tools/pretrain_tiny_git.py      # about 15 minutes on 2 CPU cores of its own
 
-Everything is trained, the vision tower included. Beside the caption loss each patch has to tell what lies on it (shape,
-texture, size, which group, colour, centre), and the class token the relation, through heads that are thrown away:
-without the places, 8,000 steps left the relation at chance. Words never shown keep their random rows in the output
+Everything is trained, the vision tower included; beside the caption loss each patch has to tell what lies on it (shape,
+texture, size, colour), through a head that is thrown away. Words never shown keep their random rows in the output
 layer: pushed down for thousands of steps, no adapter below that layer could bring them back. The saved weights are a
 running mean. A run that was stopped goes on from its last checkpoint when started again with the same --work.
 """
@@ -37,17 +36,15 @@ PATCHES_A_SIDE = 4
 HELD_OUT = 1_000_000_000  # scenes from this index on are never trained on
 BLOCK = 16  # batches a worker sends at a time
 SHAPES, TEXTURES, SIZES = ([*names] for names in (PLAIN.shapes, PLAIN.textures, PLAIN.sizes))
-RELATIONS = ["", "left", "above", "inside"]
-PATCH_OUTPUTS = [len(SHAPES), len(TEXTURES), len(SIZES), 2, 5]
+PATCH_OUTPUTS = [len(SHAPES), len(TEXTURES), len(SIZES), 3]
 
 
 @dataclass(frozen=True)
 class Batch:
     pixels: np.ndarray  # uint8 [B, 3, H, W]
     ids: np.ndarray  # int64 [B, T]; 0 is [PAD]
-    kinds: np.ndarray  # int64 [B, N - 1, 4]: shape, texture, size, group of what lies on a patch; -1 where nothing does
-    numbers: np.ndarray  # float32 [B, N - 1, 5]: its colour and centre, 0 to 1
-    relations: np.ndarray  # int64 [B]
+    kinds: np.ndarray  # int64 [B, N - 1, 3]: shape, texture, size of what lies on a patch; -1 where nothing does
+    inks: np.ndarray  # float32 [B, N - 1, 3]: its colour, 0 to 1
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,23 +92,17 @@ def shown_tokens(tokenizer: Any, seed: int) -> torch.Tensor:
 
 
 class Trainer:
-    """The model, the heads of the side task, the optimiser and the running mean of the weights."""
+    """The model, its patch head, the optimiser and the running mean of the weights."""
 
     def __init__(self, model: nn.Module, processor: Any, args: argparse.Namespace):
         self.args, self.processor = args, processor
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device)
-        # Starts larger than GIT's 0.02: there a random output row is too short to be told from 2,000 others, and the
-        # places of patches drown in what the patches show.
-        nn.init.normal_(model.output.weight, std=0.1)
+        nn.init.normal_(model.output.weight, std=0.1)  # at 0.02 a random row is too short to be told from 2,000 others
         nn.init.normal_(model.git.embeddings.word_embeddings.weight, std=0.05)
-        nn.init.normal_(model.git.image_encoder.vision_model.embeddings.position_embedding.weight, std=0.2)
         self.shown = shown_tokens(processor.tokenizer, args.seed).to(self.device)
-        width = model.config.hidden_size
-        self.heads = nn.ModuleList([nn.Linear(width, sum(PATCH_OUTPUTS)), nn.Linear(width, len(RELATIONS))]).to(
-            self.device
-        )
-        self.weights = [*model.parameters(), *self.heads.parameters()]
+        self.patch_head = nn.Linear(model.config.hidden_size, sum(PATCH_OUTPUTS)).to(self.device)
+        self.weights = [*model.parameters(), *self.patch_head.parameters()]
         self.mean = [w.detach().clone() for w in model.parameters()]
         decayed = [w for w in self.weights if w.ndim > 1]
         others = [w for w in self.weights if w.ndim <= 1]
@@ -172,17 +163,16 @@ class Trainer:
         hook.remove()
         there = wanted != self.processor.tokenizer.pad_token_id
         loss = F.cross_entropy(self.model.output(hidden_BTD[there]).float(), wanted[there])
-        return loss, self.patch_loss(seen[0].last_hidden_state, batch)
+        return loss, self.patch_loss(seen[0].last_hidden_state[:, 1:], batch)
 
     def patch_loss(self, features_BND: torch.Tensor, batch: Batch) -> torch.Tensor:
-        kinds, numbers, relations = (
-            torch.from_numpy(a).to(self.device) for a in (batch.kinds, batch.numbers, batch.relations)
-        )
-        *logits, guess = self.heads[0](features_BND[:, 1:]).float().split(PATCH_OUTPUTS, dim=-1)
+        guess = self.patch_head(features_BND).float()
+        kinds = torch.from_numpy(batch.kinds).to(self.device)
+        inks = torch.from_numpy(batch.inks).to(self.device)
+        *logits, ink = guess.split(PATCH_OUTPUTS, dim=-1)
         there = kinds[..., 0] >= 0
         terms = [F.cross_entropy(g[there], kinds[..., n][there]) for n, g in enumerate(logits)]
-        terms.append(F.cross_entropy(self.heads[1](features_BND[:, 0]).float(), relations))
-        return sum(terms) / 3 + 6 * F.mse_loss(guess[there], numbers[there])
+        return sum(terms) / 3 + 4 * F.mse_loss(ink[there], inks[there])
 
     def lr(self) -> float:
         warmup = min(1.0, (self.step + 1) / 300)
@@ -202,7 +192,7 @@ class Trainer:
         import io
 
         buffer = io.BytesIO()
-        state = {name: getattr(self, name).state_dict() for name in ("model", "heads", "optimiser")}
+        state = {name: getattr(self, name).state_dict() for name in ("model", "patch_head", "optimiser")}
         torch.save({**state, "step": self.step, "seconds": self.seconds, "mean": self.mean}, buffer)
         write_atomic(self.args.work / "checkpoint.pt", buffer.getvalue())
         with atomic_folder(self.args.work / "latest") as folder:
@@ -213,7 +203,7 @@ class Trainer:
         if not path.is_file():
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
-        for name in ("model", "heads", "optimiser"):
+        for name in ("model", "patch_head", "optimiser"):
             getattr(self, name).load_state_dict(state[name])
         self.mean = [m.to(self.device) for m in state["mean"]]
         self.step, self.seconds = state["step"], state["seconds"]
@@ -256,17 +246,16 @@ def draw(queue: Any, tokenizer: Any, seed: int, size: int, block: int, stride: i
 def collate(scenes: list[Scene], tokenizer: Any) -> Batch:
     ids = tokenizer([s.captions[0] for s in scenes], padding=True, return_tensors="np")["input_ids"]
     pixels = np.stack([np.asarray(s.image).transpose(2, 0, 1) for s in scenes])
-    kinds, numbers = zip(*map(patch_targets, scenes), strict=True)
-    relations = np.array([RELATIONS.index(s.plan.relation) for s in scenes])
-    return Batch(pixels, ids.astype(np.int64), np.stack(kinds), np.stack(numbers), relations)
+    kinds, inks = zip(*map(patch_targets, scenes), strict=True)
+    return Batch(pixels, ids.astype(np.int64), np.stack(kinds), np.stack(inks))
 
 
 def patch_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """What lies on each patch: the object drawn last of those that reach well into it."""
     edge = SIDE / PATCHES_A_SIDE
     middles = (np.arange(PATCHES_A_SIDE) + 0.5) * edge
-    kinds = np.full((PATCHES_A_SIDE, PATCHES_A_SIDE, 4), -1, dtype=np.int64)
-    numbers = np.zeros((PATCHES_A_SIDE, PATCHES_A_SIDE, 5), dtype=np.float32)
+    kinds = np.full((PATCHES_A_SIDE, PATCHES_A_SIDE, 3), -1, dtype=np.int64)
+    inks = np.zeros((PATCHES_A_SIDE, PATCHES_A_SIDE, 3), dtype=np.float32)
     best = np.full((PATCHES_A_SIDE, PATCHES_A_SIDE), np.inf)
     for item in scene.objects:
         group = scene.plan.groups[item.group]
@@ -274,9 +263,9 @@ def patch_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
         on_top = scene.plan.relation == "inside" and item.group == 0
         here = (distance < 0.35 * edge) & ((distance < best) | on_top)
         best[here] = distance[here]
-        kinds[here] = SHAPES.index(item.shape), TEXTURES.index(item.texture), SIZES.index(group.size), item.group
-        numbers[here] = *(c / 255 for c in item.rgb), item.x / SIDE, item.y / SIDE
-    return kinds.reshape(-1, 4), numbers.reshape(-1, 5)
+        kinds[here] = SHAPES.index(item.shape), TEXTURES.index(item.texture), SIZES.index(group.size)
+        inks[here] = np.array(item.rgb) / 255
+    return kinds.reshape(-1, 3), inks.reshape(-1, 3)
 
 
 @torch.no_grad()

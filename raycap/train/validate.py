@@ -70,6 +70,8 @@ class Validator:
             captions = dict(zip(ids, texts))
             cider, per_image = self._scorer(store, references).score(captions)
             error = standard_error(np.asarray(per_image), groups=groups)
+            if not math.isfinite(loss):  # weights that are not finite speak too, but say nothing
+                cider = error = math.nan
             found.append(
                 EvalResult(0, loss, float(cider), float(error), captions, collapse(texts, list(references.values())))
             )

@@ -110,8 +110,8 @@ class _Sweep:
         context = ray.get_runtime_context()
         self.name = _board_name(config, run_dir)
         plan = {
-            "run": config.run.name or run_dir.name, "run_dir": str(run_dir), "trials": [t.to_dict() for t in trials], "rungs": steps,
-            "slots": config.tune.slots, "packs": packs,
+            "run": config.run.name or run_dir.name, "run_dir": str(run_dir),
+            "trials": [t.to_dict() for t in trials], "rungs": steps, "slots": config.tune.slots, "packs": packs,
             "thinning": float(config.tune.eta) if config.tune.scheduler == "asha" else 1.0,
         }  # fmt: skip
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)

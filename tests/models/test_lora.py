@@ -49,7 +49,7 @@ def test_start_is_pefts_draw_keyed_by_seed_and_module(spec):
 
 
 def test_rank_0_is_refused(spec):
-    with pytest.raises(ConfigError, match="lora.r=0"):
+    with pytest.raises(ConfigError, match=r"lora\.r=0"):
         start(dataclasses.replace(spec, r=0), SHAPES)
 
 

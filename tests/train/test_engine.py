@@ -162,8 +162,9 @@ def test_a_slot_that_is_not_finite_fails_alone(make_engine, config, specs, run, 
         assert hurt.state("t1")["updates"] == 2
     scored = hurt.evaluate(["t0", "t1"])
     assert math.isfinite(scored["t0"].val_loss)
-    assert math.isfinite(scored["t1"].val_loss) == (where == "gradient")
-    assert (hurt.state("t1")["best"] is None) == (where == "weights" and c.train.select_by == "val_loss") or where
+    # What is broken has no score, whatever captions come out of it.
+    assert math.isfinite(scored["t1"].val_loss) == math.isfinite(scored["t1"].cider) == (where == "gradient")
+    assert (hurt.state("t1")["best"] is None) == (where == "weights")
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -202,7 +203,7 @@ def test_slots_at_different_steps_see_their_own_rows(make_engine, config, specs,
 
 
 def test_evaluation_scores_captions_of_each_slot(make_engine, config, specs, run, delta):
-    c = config(decode__batch=4)
+    c = config(decode__batch=9)
     engine = make_engine(c)
     for spec in specs(c, 3):
         engine.admit(spec)
@@ -219,15 +220,12 @@ def test_evaluation_scores_captions_of_each_slot(make_engine, config, specs, run
         assert "collapsed" in result.collapse
         assert engine.caption(trial_id, "val") == result.captions
     again = engine.evaluate(engine.active)
-    assert {t: again[t] for t in found} == pytest.approx(found) or all(
-        again[t].captions == found[t].captions and again[t].val_loss == pytest.approx(found[t].val_loss, rel=1e-5)
-        for t in found
-    )
-    # Decoded together is decoded alone, by a model with that adapter in plain peft.
-    for trial_id in found:
-        one = make_engine(c)
-        one.admit(next(s for s in specs(c, 3) if s.trial_id == trial_id), engine.state(trial_id))
-        assert one.evaluate([trial_id])[trial_id].captions == found[trial_id].captions
+    for trial_id, result in found.items():
+        assert again[trial_id].captions == result.captions
+        assert again[trial_id].val_loss == pytest.approx(result.val_loss, rel=1e-5)
+    one = make_engine(c)
+    one.admit(specs(c, 3)[2], engine.state("t2"))
+    assert one.evaluate(["t2"])["t2"].captions == found["t2"].captions
 
 
 def test_zero_shot_is_the_base(make_engine, config, specs, run):
@@ -297,12 +295,12 @@ def test_projector_and_vision_scopes_train_through_the_tower(make_engine, config
         engine = make_engine(c)
         for spec in specs(c, 2):
             engine.admit(spec)
-        run(engine, 3)
+        together = run(engine, 3)
         assert engine.stores["train"].features is None
         assert all(b.abs().max() > 0 for t in engine.active for _, b in weights_of(engine, t).values())
         one = make_engine(c)
-        one.admit(specs(c, 2)[1], None)
-        assert run(one, 3)["t1"] == pytest.approx([r for r in rerun(make_engine(c), specs(c, 2), 3)["t1"]], rel=1e-5)
+        one.admit(specs(c, 2)[1])
+        assert run(one, 3)["t1"] == pytest.approx(together["t1"], rel=1e-5)
 
 
 def rerun(engine, trials, steps):
