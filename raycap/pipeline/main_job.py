@@ -7,6 +7,7 @@ without a GPU; between the stages lie files in the run folder.
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from raycap.cluster import connect
 from raycap.config import Config
 from raycap.errors import GateError, Interrupted, RaycapError, RunError
-from raycap.files import sha256_folder
+from raycap.files import atomic_folder, sha256_folder
 from raycap.pipeline.remote import in_worker, terminable
 from raycap.pipeline.verbs import caption_through, stay
 from raycap.pipeline.verdicts import ranked, verdicts
@@ -150,6 +151,7 @@ class _Run:
             versions=versions(),
         )  # fmt: skip
         self.progress.phase("export", "merging the winner, quantising it again, scoring each")
+        keep_adapter(found.adapters[best.trial_id], self.folder / "best" / "adapter")
         with self.ledger.phase("export"):
             exported = in_worker(
                 ray,
@@ -269,6 +271,13 @@ class _Run:
 def train(config: Config, *, resume: bool = False, plain: bool = False, command: str = "") -> Path:
     """One setting, all the way to the served model: a sweep of the one trial that `config` describes."""
     return sweep(config, resume=resume, plain=plain, command=command)
+
+
+def keep_adapter(trial: Path, out: Path) -> None:
+    """Copy a trial's PEFT files, and nothing else of it, to where a person looks for the winner."""
+    with atomic_folder(out) as folder:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(trial / name, folder / name)
 
 
 def picture_ids(shards: Shards) -> list[str]:
