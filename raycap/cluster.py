@@ -27,7 +27,6 @@ _QUIET = {
     # Read when Ray, Tune or Train are imported or start, so they are set before that.
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait sleep: packs, data tasks and clients share the cores
-    "RAY_maximum_startup_concurrency": "16",  # many light actors are meant; Ray would warn of them
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # Train's default of 2 s makes every report wait as long
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
