@@ -53,9 +53,12 @@ def _limit(p: float) -> int:
     return min(round(p * 2**15), 2**15 - 1)
 
 
-def put_on(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def put_on(x: torch.Tensor, mask: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
     """`x` where `mask` is all ones, and 0 where it is 0; same shape, outside autograd."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    if in_place:
+        x.view(integers).bitwise_and_(mask.to(integers))
+        return x
     return (x.view(integers) & mask.to(integers)).view(x.dtype)
 
 

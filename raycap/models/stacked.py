@@ -66,7 +66,7 @@ class _AddLora(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_x = _product(grad_narrow, A, torch.empty_like(rows))
             if mask is not None:
-                grad_x[: len(mask)] = put_on(grad_x[: len(mask)], mask)
+                put_on(grad_x[: len(mask)], mask, in_place=True)
             grad_x = grad_x.view(*grad.shape[:-1], -1)
         return grad, grad_x, None, None, None
 

@@ -228,6 +228,23 @@ def test_evaluation_scores_captions_of_each_slot(make_engine, config, specs, run
     assert one.evaluate(["t2"])["t2"].captions == found["t2"].captions
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_slots_decoded_together_are_decoded_by_plain_peft(make_engine, config, specs, run, tmp_path, beams):
+    c = config(decode__num_beams=beams, decode__batch=18, train__lr=2e-2)
+    engine = make_engine(c)
+    for spec in specs(c, 3):
+        engine.admit(spec)
+    run(engine, 12)
+    found = engine.evaluate(engine.active)
+    store = engine.stores["val"]
+    for trial_id, result in found.items():
+        plain = load_model(c.model, c.data, device="cpu")
+        PeftModel.from_pretrained(plain.model, str(engine.export(trial_id, tmp_path / trial_id, which="last")))
+        pixels = plain.family.pixel_values(plain.processor, torch.from_numpy(store.pixels(range(store.count))))
+        assert list(result.captions.values()) == plain.family.generate(plain, pixels, c.decode)
+    assert len({tuple(r.captions.values()) for r in found.values()}) > 1
+
+
 def test_zero_shot_is_the_base(make_engine, config, specs, run):
     c = config()
     engine = make_engine(c)
