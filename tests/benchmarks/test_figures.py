@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import sweep_vs_trainer  # noqa: E402
 from benchmarks.peers import figures  # noqa: E402
+from raycap.tune.schedule import rungs  # noqa: E402
 
 
 def test_a_peers_lane_seconds_sum_to_its_lanes_times_the_wall():
@@ -91,7 +92,14 @@ def test_quick_runs_all_sides_and_prints_nothing_but_json(tmp_path):
         assert min(side["shares"].values()) >= -0.01, name
         assert side["best"]["cider"] >= 0 and side["seconds"] > 0 and side["cpu_seconds"] > 0
     assert report["sides"]["trainer"]["steps"] == report["trials"] * report["steps"]
-    assert report["sides"]["asha"]["steps"] < report["sides"]["trainer"]["steps"], "halving stopped some"
+    # Ray's ASHA lets the first trial at a rung pass and judges each other by those before it, so with trials this few it
+    # may stop none. Each that it stops it stops at a rung.
+    stops = set(rungs(report["steps"], 0, 3))
+    assert {t["steps"] for t in report["sides"]["asha"]["trials"]} <= stops
+    assert {t["steps"] for t in report["sides"]["raycap"]["trials"]} <= stops
+    assert report["sides"]["raycap"]["steps"] < report["sides"]["trainer"]["steps"], (
+        "a cohort is halved whatever its order"
+    )
     for split in ("val", "test"):
         assert set(report[split]) == {"trainer", "asha"}
     # The same trial on the same samples: the loss at the full budget agrees as far as bf16 and dropout let it.
