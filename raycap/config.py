@@ -19,157 +19,39 @@ from typing import Any, Literal
 import yaml
 
 from raycap.errors import ConfigError, did_you_mean
+from raycap.settings import (
+    DataSettings,
+    DecodeSettings,
+    EvaluateSettings,
+    ExportSettings,
+    LoraSettings,
+    ModelSettings,
+    RunSettings,
+    ServeSettings,
+    TrainSettings,
+    TuneSettings,
+)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunSettings:
-    """Where a run lives and what makes it repeatable."""
-
-    name: str = ""
-    """Name of the run; empty takes the preset's."""
-    dir: str = ""
-    """The run folder; empty takes results/<name> (numbered when that is taken)."""
-    seed: int = 0
-    """Seeds the trials, the sample order, the adapters' start, dropout and the bootstrap."""
-    cache_dir: str = ""
-    """Where prepared shards and vision features are kept between runs; empty takes $RAYCAP_CACHE or ~/.cache/raycap."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataSettings:
-    """What is captioned."""
-
-    source: str = "shapes"
-    """`shapes` (built in), a folder in one of the layouts of docs/data.md, or a folder that `prepare` wrote."""
-    prompt: str = ""
-    """Text put before the caption; its labels are masked."""
-    max_text_tokens: int = 48
-    """Longest prompt + caption + end, in the model's tokens; longer captions are cut, and counted."""
-    captions: Literal["all", "first"] = "all"
-    """Which captions of an image are trained on: each of them as a sample of its own, or the first alone."""
-    splits: tuple[float, ...] = (0.8, 0.1, 0.1)
-    """Shares of train, val, test for images that name no split, drawn by group."""
-    shapes_images: tuple[int, ...] = (1500, 256, 256)
-    """Sizes of train, val and test of the built-in shapes set."""
-    rows_per_shard: int = 256
-    """Images a parquet shard holds."""
-    limit: int = 0
-    """Use only the first images of each split (0: all)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSettings:
-    """The base that stays frozen."""
-
-    family: str = "git"
-    path: str = "builtin:tiny-git"
-    """A hub id, a local folder in the hub's layout, or builtin:tiny-git."""
-    quantisation: Literal["nf4", "none"] = "nf4"
-    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the device computes in it, else fp16 with loss scaling on a GPU and fp32 on a CPU."""
-    materialise: bool = False
-    """Keep each NF4 weight dequantised beside it: bitwise the same, faster, and without NF4's saving of memory."""
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoraSettings:
-    r: int = 16
-    """Inner dimension of the update; trainable parameters grow linearly with it."""
-    alpha: float = 0.0
-    """Numerator of the scale alpha / r. Give this or `alpha_per_rank`."""
-    alpha_per_rank: float = 0.0
-    """The scale itself: alpha follows the rank. 0 with alpha 0 means 2."""
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("query", "key", "value", "dense")
-    """Names of the linear modules inside `scope` that get an adapter (suffixes, as in peft)."""
-    scope: Literal["language", "vision", "projector", "all"] = "language"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainSettings:
-    steps: int = 1000
-    """Optimiser steps of a full trial; the learning-rate schedule's horizon too."""
-    batch: int = 16
-    """Samples an optimiser step sees (the effective batch)."""
-    accumulation: int = 1
-    """Pieces the effective batch is computed in; the loss stays that of one large batch."""
-    lr: float = 2e-3
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 0
-    warmup_ratio: float = 0.0
-    """Share of the steps; give this or `warmup_steps`."""
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    base_dropout: bool = True
-    """Whether the frozen base's own dropout is on while adapters train."""
-    select_by: Literal["cider", "val_loss"] = "cider"
-    """What prunes trials and picks checkpoints."""
-    val_images: int = 128
-    """Validation images scored at each rung."""
-    checkpoint_every_s: float = 30.0
-    max_failures: int = 3
-    """Deaths of a worker that are survived."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TuneSettings:
-    trials: int = 12
-    slots: int = 6
-    """Adapters that train together on one base."""
-    packs: int = 1
-    """Workers, each with one base and `slots` adapters."""
-    scheduler: Literal["asha", "none"] = "asha"
-    eta: int = 3
-    """Of the trials that reach a rung one in eta goes on."""
-    grace_steps: int = 0
-    """Step of the first rung; 0 takes steps / eta^2."""
-    space: dict[str, Any] = field(default_factory=dict)
-    """Setting -> {choice: [...]}, {uniform: [lo, hi]} or {loguniform: [lo, hi]}."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecodeSettings:
-    max_new_tokens: int = 32
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    batch: int = 64
-    """Images decoded together."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateSettings:
-    metrics: tuple[str, ...] = ("bleu", "meteor", "rouge_l", "cider")
-    lang: str = "en"
-    resamples: int = 10000
-    """Bootstrap resamples behind an interval."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportSettings:
-    max_drop: float = 0.05
-    """Largest relative loss of CIDEr, adapter to promoted model, that the gate lets pass."""
-    promote: Literal["merged", "merged-nf4"] = "merged"
-    """The variant that is served."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServeSettings:
-    host: str = "127.0.0.1"
-    port: int = 8000
-    """0 takes a free one."""
-    replicas: int = 1
-    max_batch: int = 16
-    batch_wait_s: float = 0.01
-    max_queue: int = 64
-    """Requests a replica holds at once, waiting or in work; the next one gets 503 and a Retry-After."""
-    max_body_bytes: int = 32 * 2**20
-    max_image_px: int = 50_000_000
-    max_images: int = 64
-    """Images one request may carry."""
+__all__ = [
+    "Config",
+    "DataSettings",
+    "DecodeSettings",
+    "EvaluateSettings",
+    "ExportSettings",
+    "LoraSettings",
+    "ModelSettings",
+    "RunSettings",
+    "ServeSettings",
+    "TrainSettings",
+    "TuneSettings",
+    "all_keys",
+    "check",
+    "from_dict",
+    "load_config",
+    "parse_value",
+    "preset_names",
+    "setting_kind",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
