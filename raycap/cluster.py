@@ -18,6 +18,9 @@ NAMESPACE = "raycap"
 PROBE_TIMEOUT_S = 5.0
 """ray.init waits for minutes on an address where nothing listens; a TCP connect knows at once."""
 PACK_CPUS = 1.0
+CLIENTS = 2
+"""Tune trials alive at a time, for each pack. Each is a process of its own that costs a second of a core to start and
+150 MB; a trial trains without its client, which only has to be there by its turn to tell Tune of its rungs."""
 CLIENT_CPUS = 0.05
 """CPUs that one thin Tune trial asks for: it waits nearly all of its life."""
 DATA_CPUS = 0.25
@@ -133,15 +136,15 @@ def pack_resources(ray: ModuleType, packs: int, clients: int) -> dict[str, float
     if need > have.get("CPU", 0):
         raise RunError(
             f"the sweep needs {need:g} CPUs ({packs} packs of {PACK_CPUS:g}, {clients} trial clients of {CLIENT_CPUS}, "
-            f"{DATA_CPUS} for reading), the cluster has {have.get('CPU', 0):g}. Lower tune.packs or tune.slots."
+            f"{DATA_CPUS} for reading), the cluster has {have.get('CPU', 0):g}. Lower tune.packs."
         )
     return want
 
 
 def _embedded_cpus(config: Config | None) -> int:
     """Logical CPUs of a private Ray: the machine's, and never fewer than the sweep's own processes book."""
-    packs, clients = (config.tune.packs, config.tune.packs * config.tune.slots) if config else (1, 1)
-    booked = packs * PACK_CPUS + clients * CLIENT_CPUS + 2 * DATA_CPUS
+    packs = config.tune.packs if config else 1
+    booked = packs * PACK_CPUS + packs * CLIENTS * CLIENT_CPUS + 2 * DATA_CPUS
     return max(2, usable_cores(), int(-(-booked // 1)))
 
 

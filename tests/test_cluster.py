@@ -59,7 +59,7 @@ def test_a_private_ray_has_room_for_what_the_sweep_books(monkeypatch):
     for packs in (1, 2, 4):
         config = from_dict({"tune": {"packs": packs, "slots": 8}})
         cpus = cluster._embedded_cpus(config)
-        assert cluster.pack_resources(fake(CPU=cpus), packs, packs * 8)
+        assert cluster.pack_resources(fake(CPU=cpus), packs, packs * cluster.CLIENTS)
 
 
 def test_a_private_ray_gets_a_token_that_is_written_nowhere(monkeypatch):

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from raycap.data.store import Store
 
+PROCESS_ROWS = 4000
+"""Rows for which one process of Ray's is started."""
+
 PrepareRow = Callable[[dict[str, Any]], Mapping[str, Any]]
 """Shard row -> {row, image_id, pixels uint8 [C, H, W], token_ids [[int]], prompt_lens [int], truncated, unknown}.
 
@@ -45,8 +48,11 @@ def dataset(shards_folder: Path | str, split: str, prepare_row: PrepareRow) -> r
 
     # Ray Data sets its logger up when it is imported; its notes would break into the live table, its errors may.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    groups = open_shards(shards_folder).row_groups(split)
-    at_once = max(1, min(len(groups), math.floor(ray.cluster_resources().get("CPU", 1))))
+    shards = open_shards(shards_folder)
+    groups = shards.row_groups(split)
+    # Each process imports torch and the processor: below so many rows that costs more than a second one saves.
+    worth = math.ceil(shards.counts[split] / PROCESS_ROWS)
+    at_once = max(1, min(len(groups), worth, math.floor(ray.cluster_resources().get("CPU", 1))))
     # A block for each descriptor: a task reads one row group, and its rows go out when it is done.
     descriptors = ray.data.from_items(groups, override_num_blocks=len(groups))
     return descriptors.map_batches(

@@ -20,7 +20,7 @@ from raycap.files import atomic_folder, read_json, write_json
 from raycap.train.record import TrialRecord
 from raycap.trial import TrialSpec
 
-EXCHANGE_S = 0.25
+EXCHANGE_S = 1.0
 """Time between two words with the board while all slots train."""
 HOLD_WAIT_S = 2.0
 """How long one question to the board may wait for its answer to change."""

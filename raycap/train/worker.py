@@ -34,9 +34,9 @@ WATCH_S = 3.0
 def pack_loop(job: dict[str, Any]) -> None:
     """Train one pack until its trials have ended or it is asked to stop.
 
-    job: config, pack (its number), run_dir, board and namespace (of the actor), rungs, packs, engine, shards, streams
-    (whether the trainer was given datasets). An error that a restart would meet again goes to the board, and the loop
-    returns; any other is raised, so that Train starts the worker anew.
+    job: config, pack (its number), run_dir, board and namespace (of the actor), rungs, packs, engine, shards. An error
+    that a restart would meet again goes to the board, and the loop returns; any other is raised, so that Train starts
+    the worker anew.
     """
     import ray
 
@@ -236,7 +236,7 @@ def build_engine(config: Config, job: dict[str, Any], log: Callable[[str], None]
     # Ray sets one thread for a worker of one CPU; the packs of a machine share all of its cores.
     torch.set_num_threads(max(1, usable_cores() // job["packs"]))
     shards = open_shards(job["shards"])
-    feed = Feed(config, shards, log)
+    feed = Feed(config, shards, job["shards"], log)
     began = time.monotonic()
     cm = load_model(config.model, config.data)
     log(
@@ -246,16 +246,20 @@ def build_engine(config: Config, job: dict[str, Any], log: Callable[[str], None]
 
 
 class Feed:
-    """Fills this worker's stores from its Ray Data streams, in a thread of its own; `error` is what stopped it."""
+    """Fills this worker's stores from its Ray Data streams, in a thread of its own; `error` is what stopped it.
 
-    def __init__(self, config: Config, shards: Any, log: Callable[[str], None]):
+    The streams are made here and not in the driver, which then imports neither Ray Data nor what prepares a row; and a
+    store that is full already, or that another pack of this machine fills, starts none.
+    """
+
+    def __init__(self, config: Config, shards: Any, folder: str, log: Callable[[str], None]):
         from raycap.data.store import Store
         from raycap.models import load_family, resolve_path
 
         family = load_family(config.model.family)
         processor = family.load_processor(resolve_path(config.model.path))
         self.error: BaseException | None = None
-        self.log = log
+        self.config, self.folder, self.log = config, folder, log
         self.stores = {
             split: Store.for_shards(
                 shards,
@@ -272,15 +276,18 @@ class Feed:
         threading.Thread(target=self._fill, name="feed", daemon=True).start()
 
     def _fill(self) -> None:
-        import ray.train
+        from raycap.data.stream import dataset, fill
+        from raycap.models import row_preparer
 
-        from raycap.data.stream import fill
-
+        config = self.config
         try:
             for split, store in self.stores.items():
                 began = time.monotonic()
                 how = "fills" if store.owner else "finds" if store.complete else "follows"
-                fill(store, ray.train.get_dataset_shard(split))
+                if store.owner:
+                    data, model = config.data, config.model
+                    prepare = row_preparer(model.family, model.path, data.prompt, data.max_text_tokens)
+                    fill(store, dataset(self.folder, split, prepare))
                 self.log(f"{how} the store of {split}: {store.count} images, {time.monotonic() - began:.1f} s")
         except BaseException as error:  # raised in the loop's thread, which meets it when it waits for a row
             self.error = error

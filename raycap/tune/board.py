@@ -22,8 +22,9 @@ from raycap.trial import TrialSpec
 LEASE_S = 20.0
 """A lease whose client was silent for longer lapses: a queued trial is passed over, one in a slot trains on, and the
 driver judges it in its client's place. Tune restarts a dead client within seconds."""
-PATIENCE_S = 30.0
-"""How long a pack holds its steps for the trials that are due in its free slots."""
+UNLEASED_S = 1.0
+"""How long a cohort waits for a first client. Clients are fewer than slots and come in the trials' order, so one may be
+busy elsewhere while a trial that it will take later has reached a rung; then the driver judges in its place."""
 
 
 @dataclass(slots=True)
@@ -34,6 +35,8 @@ class Seat:
     record: TrialRecord
     pack: str = ""
     client: str = ""
+    leased: bool = False
+    """Whether a client has ever asked for it."""
     seen: float = 0.0
     events: list[dict[str, Any]] = field(default_factory=list)
 
@@ -49,7 +52,6 @@ class PackSeat:
     cohorts: list[dict[str, Any]] = field(default_factory=list)
     waiting: dict[str, int] = field(default_factory=dict)
     waiting_since: float = 0.0
-    hold_since: float | None = None
     rate: float = 0.0
     memory_bytes: int = 0
     phase: str = "starting"
@@ -93,7 +95,7 @@ class Board:
         seat = self.seats[trial_id]
         if seat.client and seat.client != client and not seat.record.ended:
             self.note(f"{trial_id}: its Tune trial was restarted")
-        seat.client, seat.seen = client, self.clock()
+        seat.client, seat.leased, seat.seen = client, True, self.clock()
 
     def next_event(self, trial_id: str, client: str, after: int) -> dict[str, Any] | None:
         """Event number `after` of a trial, or None while there is none; also the client's sign of life.
@@ -180,14 +182,15 @@ class Board:
         drop = [t for t in me.active if t not in self.seats or self.seats[t].record.state == "failed"]
         leaving = bool(drop) or any(v and v["action"] == "stop" for v in verdicts.values())
         # New trials are counted out only after those that leave have left, so that the two never share a slot.
-        hold = undecided or (not leaving and self._refill(pack, me))
+        if not (undecided or leaving or self.stopping):
+            self._refill(pack, me)
         admit = [s.spec.to_dict() for t, s in self.seats.items() if s.pack == pack and t not in me.active]
         done = self.finished and not me.active
         return {
             "admit": [] if undecided or leaving else admit,
             "verdicts": {} if undecided else verdicts,
             "drop": drop,
-            "hold": not drop and (hold or not (me.active or admit or done)),
+            "hold": not drop and (undecided or not (me.active or admit or done)),
             "stop": self.stopping or self.error is not None,
             "done": done,
         }
@@ -281,28 +284,18 @@ class Board:
                 event = {"kind": "rung", "step": step, "cohort": dict(cohort["scores"]), "metrics": dict(metrics)}
                 seat.events.append(event)
 
-    def _refill(self, pack: str, me: PackSeat) -> bool:
-        """Give free slots to the next trials in order; True while the pack shall wait for their leases.
+    def _refill(self, pack: str, me: PackSeat) -> None:
+        """Give free slots to the next trials, in their order.
 
-        The wait makes which trials train side by side a matter of the scores alone and not of Tune's timing. It ends
-        after PATIENCE_S, so that a trial that cannot start does not stop the others.
+        A trial does not wait for its Tune client: which trials train side by side is then a matter of the scores alone,
+        and no core idles while Tune starts a process. The client that comes later finds the rungs among its events.
         """
         booked = {t for t, s in self.seats.items() if s.pack == pack} | set(me.active)
-        free = max(0, self.slots - len(booked))
-        queue = [s for s in self.seats.values() if not s.pack and not s.record.ended]
-        if not queue[:free] or self.stopping:
-            me.hold_since = None
-            return False
-        now = self.clock()
-        me.hold_since = now if me.hold_since is None else me.hold_since
-        in_order = all(s.client for s in queue[:free])
-        if not in_order and now - me.hold_since < PATIENCE_S:
-            return True
-        for seat in [s for s in queue if s.client][:free]:
+        left = sum(not s.record.ended for s in self.seats.values())
+        # A pack that is up first leaves the others their share.
+        free = max(0, min(self.slots, -(-left // max(1, self.packs_wanted))) - len(booked))
+        for seat in [s for s in self.seats.values() if not s.pack and not s.record.ended][:free]:
             seat.pack, seat.record.state = pack, "running"
-        if in_order:
-            me.hold_since = None
-        return False
 
     def _lapse(self) -> None:
         now = self.clock()
@@ -313,15 +306,16 @@ class Board:
 
     def unclaimed(self) -> list[dict[str, Any]]:
         """Cohorts that wait for a verdict while none of their trials has a client that could ask Tune for it."""
-        now = self.clock()
-        return [
-            {"step": c["step"], "scores": dict(c["scores"])}
-            for pack in self.packs.values()
-            if now - pack.waiting_since > LEASE_S
-            for c in pack.cohorts
-            if not any(t in self.seats and self.seats[t].client for t in c["scores"])
-            and any(t not in self.verdicts.get(int(c["step"]), {}) for t in c["scores"])
-        ]
+        found = []
+        for pack in self.packs.values():
+            waited_s = self.clock() - pack.waiting_since
+            for cohort in pack.cohorts:
+                seats = [self.seats[t] for t in cohort["scores"] if t in self.seats]
+                judged = all(t in self.verdicts.get(int(cohort["step"]), {}) for t in cohort["scores"])
+                patience_s = LEASE_S if any(seat.leased for seat in seats) else UNLEASED_S
+                if not judged and waited_s > patience_s and not any(seat.client for seat in seats):
+                    found.append({"step": cohort["step"], "scores": dict(cohort["scores"])})
+        return found
 
     def _steps_left(self) -> float:
         """Slot steps still to do, if at each rung one in `thinning` goes on."""

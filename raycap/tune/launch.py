@@ -59,25 +59,25 @@ def tune_worker(trials: list[str], scheduler: Any, job: dict[str, Any], *, clien
     return Worker("tune", work)
 
 
-def pack_worker(
-    job: dict[str, Any], resources: dict[str, float], datasets: Callable[[], dict[str, Any]], retries: int
-) -> Worker:
-    """`TorchTrainer` for one pack; the death of its worker is Train's matter, that of its controller is ours."""
+def pack_worker(job: dict[str, Any], resources: dict[str, float], retries: int) -> Worker:
+    """Ray Train's trainer for one pack; the death of its worker is Train's matter, that of its controller is ours."""
     name = f"pack-{job['pack']}"
     storage = Path(job["run_dir"]) / "checkpoints" / "train"
 
     def work() -> None:
         import ray
         import ray.train
-        from ray.train.torch import TorchTrainer
+
+        # What TorchTrainer is made of: a pack is one process, so it has no process group to set up, and the controller
+        # does not have to import torch for its backend.
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         from raycap.train.worker import pack_loop
 
-        streams = datasets()
         others = set(ray.util.placement_group_table())
         for attempt in range(retries + 1):
             mend_snapshot(storage / name)
-            trainer = TorchTrainer(
+            trainer = DataParallelTrainer(
                 pack_loop,
                 train_loop_config=job,
                 scaling_config=ray.train.ScalingConfig(
@@ -89,9 +89,6 @@ def pack_worker(
                     failure_config=ray.train.FailureConfig(max_failures=retries),
                     checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
                 ),
-                datasets=streams,
-                # Not split: the one worker drives its own stream, without a coordinator process for each dataset.
-                dataset_config=ray.train.DataConfig(datasets_to_split=[]),
             )
             try:
                 trainer.fit()

@@ -58,7 +58,8 @@ class RungLedger:
         """Verdicts for trials that reached `step` together.
 
         All their scores are recorded before any is compared, so that the order in which results arrive decides nothing.
-        One in eta of those recorded at the rung goes on (rounded up; equal scores share a place). A score that is
+        One in eta of those recorded at the rung goes on (rounded down as in Hyperband, but never none; equal scores share
+        a place). A score that is
         missing or NaN stops its trial and takes no part in the comparison.
         """
         known = self.verdicts.setdefault(step, {})
@@ -80,7 +81,7 @@ class RungLedger:
             return {"action": "go", "state": "", "reason": ""}
         others = [s for s in self.scores[step].values() if s is not None]
         place = 1 + sum(self.sign * s > self.sign * score for s in others)
-        if place <= -(-len(others) // self.eta):
+        if place <= max(1, len(others) // self.eta):
             return {"action": "go", "state": "", "reason": ""}
         reason = (
             f"{self.select_by} {score:.4g} at step {step}: place {place} of {len(others)}, one in {self.eta} goes on"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raycap import errors
-from raycap.cluster import connect, pack_resources
+from raycap.cluster import CLIENTS, connect, pack_resources
 from raycap.config import Config
 from raycap.data.lock import FileLock
 from raycap.errors import Interrupted, RunError
@@ -33,6 +33,8 @@ CALL_TIMEOUT_S = 10.0
 """How long the board may take to answer before that is taken for silence."""
 SILENCE_S = 120.0
 """Silence of the board after which the sweep is given up; a board that was killed is back within seconds."""
+TUNE_WAIT_S = 15.0
+"""How long Tune waits for the packs: what starts beside them takes the cores that they load their base with."""
 STOP_WAIT_S = 60.0
 """How long packs may take to write their last checkpoint after Ctrl-C."""
 
@@ -104,8 +106,8 @@ class _Sweep:
         from raycap.tune.actor import BoardActor
 
         self.ray, self.config, self.run_dir, self.ledger = ray, config, run_dir, ledger
-        packs, clients = config.tune.packs, config.tune.packs * config.tune.slots
-        clients = min(clients, len(trials))
+        packs = config.tune.packs
+        clients = min(packs * CLIENTS, len(trials))
         resources = pack_resources(ray, packs, clients)
         context = ray.get_runtime_context()
         self.name = _board_name(config, run_dir)
@@ -136,22 +138,23 @@ class _Sweep:
         scheduler = kind(ledger, lambda step, verdicts: board.judge.remote(step, verdicts))
         retries = config.train.max_failures
         self.tune = tune_worker(left, scheduler, job, clients=clients, retries=retries)
-        self.packs = [
-            pack_worker({**job, "pack": i}, resources, lambda: _streams(config, shards_folder), retries)
-            for i in range(packs)
-        ]
+        self.packs = [pack_worker({**job, "pack": i}, resources, retries) for i in range(packs)]
 
     def run(self, on_progress: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
         """Start, watch, and end everything; the board's last snapshot."""
         STOPPING.discard(self.name)  # left by an earlier try in this process
-        for worker in (*self.packs, self.tune):
+        for worker in self.packs:
             worker.start()
+        wanted, began = len(self.packs), time.monotonic()
         last: dict[str, Any] = {}
         written = ""
         try:
             with _signals() as signals:
                 while True:
                     last = self._look(signals) or last
+                    up = len(last["packs"]) >= wanted if last else False
+                    if not self.tune.ident and (up or time.monotonic() - began > TUNE_WAIT_S):
+                        self.tune.start()
                     written = self._write_trials(last, written)
                     if on_progress:
                         on_progress(last)
@@ -226,7 +229,8 @@ class _Sweep:
         try:
             self.ray.get(self.board.stop.remote(), timeout=5)
             for worker in (self.tune, *self.packs):
-                worker.join(timeout=5)
+                if worker.ident:
+                    worker.join(timeout=5)
             self.ray.kill(self.board)
         except Exception:  # on the way out: the first error, or the result, is what counts
             pass
@@ -305,16 +309,6 @@ def _check_folder(run_dir: Path, trials: list[dict[str, Any]], resume: bool) -> 
                 "Resume with the settings of the interrupted run, or choose another run.dir."
             )
     return True
-
-
-def _streams(config: Config, shards_folder: Path | str | None) -> dict[str, Any]:
-    if not shards_folder:
-        return {}
-    from raycap.data.stream import dataset
-    from raycap.models import row_preparer
-
-    prepare = row_preparer(config.model.family, config.model.path, config.data.prompt, config.data.max_text_tokens)
-    return {split: dataset(shards_folder, split, prepare) for split in ("train", "val")}
 
 
 def _board_name(config: Config, run_dir: Path) -> str:

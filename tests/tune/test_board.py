@@ -8,7 +8,7 @@ import pytest
 from simulation import settings
 
 from raycap.train.record import TrialRecord
-from raycap.tune.board import LEASE_S, PATIENCE_S, Board
+from raycap.tune.board import LEASE_S, UNLEASED_S, Board
 from raycap.tune.space import sample_trials
 
 STOP = {"action": "stop", "state": "stopped", "reason": "too low"}
@@ -49,28 +49,18 @@ def admitted(orders):
     return [spec["trial_id"] for spec in orders["admit"]]
 
 
-def test_a_pack_waits_for_the_leases_that_are_due_and_takes_them_in_order(board):
-    assert board.register("pack-0", "n", 1, report())["hold"]
-    board.lease("t01", "c1")
-    assert board.orders("pack-0", "n")["hold"]
-    board.lease("t00", "c0")
-    orders = board.orders("pack-0", "n")
+def test_a_pack_gets_the_next_trials_in_order_whether_their_clients_are_there_or_not(board):
+    board.lease("t03", "c3")
+    orders = board.register("pack-0", "n", 1, report())
     assert admitted(orders) == ["t00", "t01"] and not orders["hold"]
     assert admitted(board.orders("pack-0", "n")) == ["t00", "t01"]  # asked again, told again
     assert admitted(board.exchange("pack-0", "n", report({"t00": 0, "t01": 0}))) == []
 
 
-def test_a_trial_that_does_not_start_is_not_waited_for_for_ever(board, time):
-    board.register("pack-0", "n", 1, report())
-    time.now = 1.0
-    board.lease("t01", "c1")
-    board.lease("t02", "c2")
-    assert board.orders("pack-0", "n")["hold"]
-    time.now = PATIENCE_S - 0.5
-    board.lease("t01", "c1")
-    board.lease("t02", "c2")
-    time.now = PATIENCE_S + 1
-    assert admitted(board.orders("pack-0", "n")) == ["t01", "t02"]
+def test_packs_share_the_trials_evenly(trials):
+    board = Board(trials, rungs=[10], slots=6, packs=2)
+    assert admitted(board.register("pack-0", "a", 1, report())) == ["t00", "t01", "t02"]
+    assert admitted(board.register("pack-1", "b", 2, report())) == ["t03", "t04", "t05"]
 
 
 def start(board):
@@ -146,6 +136,19 @@ def test_a_lease_lapses_and_the_driver_is_told_of_the_cohort_that_nobody_can_ask
     assert board.next_event("t00", "client of t00", 0) == {"kind": "lost"}
     board.judge(10, {"t00": STOP, "t01": GO})
     assert board.snapshot()["unclaimed"] == []
+
+
+def test_a_cohort_without_a_first_client_is_soon_the_drivers(board, trials, time):
+    board.register("pack-0", "n", 1, report())
+    board.exchange("pack-0", "n", report({"t00": 0, "t01": 0}))
+    board.exchange("pack-0", "n", report({"t00": 10, "t01": 10}, [cohort(10, t00=0.1, t01=0.2)], trials=trials))
+    assert board.snapshot()["unclaimed"] == []
+    time.now = UNLEASED_S + 0.1
+    assert board.snapshot()["unclaimed"] == [{"step": 10, "scores": {"t00": 0.1, "t01": 0.2}}]
+    board.judge(10, {"t00": STOP, "t01": GO})
+    assert board.snapshot()["unclaimed"] == []
+    board.lease("t00", "late client")  # hears of its rung all the same
+    assert board.next_event("t00", "late client", 0)["kind"] == "rung"
 
 
 def test_a_restarted_client_takes_its_trial_over(board, trials):
