@@ -30,8 +30,9 @@ class DataSettings:
     """Text put before the caption; its labels are masked."""
     max_text_tokens: int = 48
     """Longest prompt + caption + end, in the model's tokens; longer captions are cut, and counted."""
-    captions: Literal["all", "first"] = "all"
-    """Which captions of an image are trained on: each of them as a sample of its own, or the first alone."""
+    captions: Literal["all", "first", "random-per-epoch", "best-clipscore", "weighted-clipscore"] = "all"
+    """Which captions of an image are trained on: each as a sample of its own, or one an image: the first, another one
+    each epoch, the one with the highest CLIPScore, or one each epoch with a chance proportional to its CLIPScore."""
     splits: tuple[float, ...] = (0.8, 0.1, 0.1)
     """Shares of train, val, test for images that name no split, drawn by group."""
     shapes_images: tuple[int, ...] = (1500, 256, 256)

@@ -13,7 +13,7 @@ from raycap.errors import ConfigError, did_you_mean
 SWEEPABLE = (
     "lora.r", "lora.alpha", "lora.alpha_per_rank", "lora.dropout", "lora.targets",
     "train.lr", "train.schedule", "train.warmup_steps", "train.warmup_ratio", "train.weight_decay",
-    "train.beta1", "train.beta2", "train.max_grad_norm",
+    "train.beta1", "train.beta2", "train.max_grad_norm", "data.captions",
 )  # fmt: skip
 """Settings that may differ between the slots of one pack."""
 
@@ -38,6 +38,8 @@ class TrialSpec:
     beta1: float
     beta2: float
     max_grad_norm: float
+    captions: str = "all"
+    """data.captions: the rule that picks the slot's captions."""
 
     @property
     def scale(self) -> float:
@@ -98,4 +100,5 @@ def trial_spec(
         beta1=c.train.beta1,
         beta2=c.train.beta2,
         max_grad_norm=c.train.max_grad_norm,
+        captions=c.data.captions,
     )

@@ -1,6 +1,6 @@
 """Which samples an optimiser step sees: a function of (seed, step) alone, so that trials compare in pairs.
 
-Shapes: N samples, I images.
+Shapes: N samples, I images, S captions over all images, b samples of a step.
 """
 
 from __future__ import annotations
@@ -8,6 +8,12 @@ from __future__ import annotations
 import numpy as np
 
 from raycap.errors import DataError
+
+CHOICES = ("all", "first", "random-per-epoch", "best-clipscore", "weighted-clipscore")
+"""data.captions: every caption a sample of its own, or one caption an image by one of four rules."""
+SCORED = ("best-clipscore", "weighted-clipscore")
+"""Choices that need the CLIPScores that `prepare` stores."""
+_CHOICE_KEY = 0xCA9710  # apart from the keys of the permutations
 
 
 def samples(captions_per_image: np.ndarray, captions: str) -> np.ndarray:
@@ -19,10 +25,72 @@ def samples(captions_per_image: np.ndarray, captions: str) -> np.ndarray:
     if captions == "first":
         counts = np.minimum(counts, 1)
     elif captions != "all":
-        raise DataError(f"data.captions={captions} is not a choice of samples; expected all or first")
+        raise DataError(f"data.captions={captions} is no fixed set of samples, as all and first are; see Sampler")
     rows = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     starts = np.repeat(np.cumsum(counts) - counts, counts)
     return np.stack([rows, np.arange(len(rows), dtype=np.int64) - starts], axis=1)
+
+
+class Sampler:
+    """The samples of each step under one choice of captions.
+
+    With `all` an epoch has every caption once; with any other choice every image once, so that trials of different
+    choices at the same step see the same images. Which caption stands for an image depends on (seed, epoch, image)
+    alone: not on the batch, the pack or a restart.
+
+    `captions_per_image` is [I]; `clip_scores` [S] and `selected` [I] (the index of each image's best caption) are
+    those of the shards.
+
+    Raises:
+        DataError: a choice by CLIPScore, and the shards hold no scores.
+    """
+
+    def __init__(
+        self,
+        captions_per_image: np.ndarray,
+        choice: str,
+        batch: int,
+        seed: int,
+        *,
+        clip_scores: np.ndarray | None = None,
+        selected: np.ndarray | None = None,
+    ):
+        if choice not in CHOICES:
+            raise DataError(f"data.captions={choice} is unknown; expected one of {', '.join(CHOICES)}")
+        if choice in SCORED and (clip_scores is None or selected is None):
+            raise DataError(
+                f"data.captions={choice} needs CLIPScores, and these shards hold none: prepare the source again with "
+                f"data.captions={choice}"
+            )
+        self.choice, self.seed = choice, seed
+        self.counts = np.asarray(captions_per_image, dtype=np.int64)
+        self._samples = samples(self.counts, "all" if choice == "all" else "first")
+        self.order = SampleOrder(len(self._samples), batch, seed)
+        self._selected = selected
+        self._first = np.cumsum(self.counts) - self.counts
+        self._clip_scores = clip_scores
+
+    def pairs(self, step: int) -> np.ndarray:
+        """Samples [b, 2] as (image row, caption index) of optimiser step `step`, counted from 0."""
+        pairs = self._samples[self.order.rows(step)]
+        if self.choice in ("all", "first"):
+            return pairs
+        rows = pairs[:, 0]
+        if self.choice == "best-clipscore":
+            return np.stack([rows, np.asarray(self._selected, dtype=np.int64)[rows]], axis=1)
+        draws = keyed_uniform(rows, self.seed, self.order.epochs(step), _CHOICE_KEY)
+        if self.choice == "random-per-epoch":
+            return np.stack([rows, (draws * self.counts[rows]).astype(np.int64)], axis=1)
+        return np.stack([rows, [self._by_score(r, u) for r, u in zip(rows, draws)]], axis=1)
+
+    def _by_score(self, row: int, draw: float) -> int:
+        """A caption with a probability proportional to its CLIPScore; evenly where all are 0."""
+        first, count = self._first[row], self.counts[row]
+        weights = np.maximum(np.asarray(self._clip_scores[first : first + count], dtype=np.float64), 0)
+        if not weights.sum() > 0:
+            weights = np.ones(count)
+        bounds = np.cumsum(weights)
+        return min(int(np.searchsorted(bounds, draw * bounds[-1], side="right")), int(count) - 1)
 
 
 class SampleOrder:
@@ -44,6 +112,10 @@ class SampleOrder:
             [self.permutation(int(e))[positions[epochs == e] % self.count] for e in np.unique(epochs)]
         )
 
+    def epochs(self, step: int) -> np.ndarray:
+        """The epoch [batch] that each sample of the step belongs to."""
+        return np.arange(step * self.batch, (step + 1) * self.batch) // self.count
+
     def permutation(self, epoch: int) -> np.ndarray:
         """All `count` indices in the order of that epoch."""
         if epoch not in self._epochs:
@@ -64,6 +136,15 @@ def seeded_permutation(count: int, *key: int) -> np.ndarray:
         state = _splitmix64(np.array([state ^ np.uint64(part % 2**64)], dtype=np.uint64))[0]
     hashes = _splitmix64(np.arange(count, dtype=np.uint64) ^ state)
     return np.argsort(hashes, kind="stable").astype(np.int64)
+
+
+def keyed_uniform(indices: np.ndarray, *key: int | np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1), float64 [n], each a pure function of its index and of `key` (numbers, or one [n] each)."""
+    state = _splitmix64(np.asarray(indices, dtype=np.int64).astype(np.uint64))
+    for part in key:
+        part = np.uint64(part % 2**64) if isinstance(part, int) else np.asarray(part).astype(np.uint64)
+        state = _splitmix64(state ^ part)
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _splitmix64(values: np.ndarray) -> np.ndarray:

@@ -25,8 +25,11 @@ ROW_GROUP_ROWS = 64
 """Rows that one task of the stream reads: few, so that the first ones arrive early."""
 
 
-def schema() -> pa.Schema:
-    """Columns of a shard, with the note by which `datasets` reads `image` as pictures."""
+def schema(*, clip_scores: bool = False) -> pa.Schema:
+    """Columns of a shard, with the note by which `datasets` reads `image` as pictures.
+
+    `clip_scores` adds the CLIPScore of each caption, and `selected`, the index of the one with the highest.
+    """
     import json
 
     import pyarrow as pa
@@ -39,6 +42,14 @@ def schema() -> pa.Schema:
         **{name: {"dtype": "int32", "_type": "Value"} for name in ("width", "height")},
         "sha256": {"dtype": "string", "_type": "Value"},
     }
+    optional = []
+    if clip_scores:
+        features["clip_scores"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
+        features["selected"] = {"dtype": "int32", "_type": "Value"}
+        optional = [
+            pa.field("clip_scores", pa.list_(pa.field("element", pa.float32()))),
+            pa.field("selected", pa.int32()),
+        ]
     fields = [
         pa.field("image_id", pa.string()),
         pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
@@ -47,6 +58,7 @@ def schema() -> pa.Schema:
         *(pa.field(name, pa.string()) for name in ("split", "group", "lang", "source")),
         *(pa.field(name, pa.int32()) for name in ("width", "height")),
         pa.field("sha256", pa.string()),
+        *optional,
     ]
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
 
@@ -102,6 +114,13 @@ class Shards:
     def groups(self, split: str) -> dict[str, str]:
         """Image id -> the group that a bootstrap draws as one."""
         return {row["image_id"]: row["group"] for row in self.iter_rows(split, ("image_id", "group"))}
+
+    def clip_scores(self, split: str) -> dict[str, tuple[list[float], int]] | None:
+        """Image id -> (CLIPScore of each caption, index of the chosen one); None where `prepare` did not score."""
+        if "clip_scores" not in self.manifest:
+            return None
+        rows = self.iter_rows(split, ("image_id", "clip_scores", "selected"))
+        return {row["image_id"]: (row["clip_scores"], row["selected"]) for row in rows}
 
     def constant_caption(self) -> str:
         """The most frequent training caption; of several, the first in alphabetical order."""

@@ -39,6 +39,11 @@ class Store:
         self.count = len(self.image_ids)
         self.image_shape: tuple[int, int, int] = tuple(layout["image_shape"])
         self.captions_per_image = np.array([len(r) for r in layout["references"]], dtype=np.int64)
+        scores = layout.get("clip_scores")
+        self.clip_scores = None if scores is None else np.array([s for row in scores for s in row], dtype=np.float32)
+        """[S], where `prepare` scored the captions."""
+        self.selected = None if scores is None else np.array(layout["selected"], dtype=np.int64)
+        """[N]: the index of each image's caption with the highest score."""
         self.features: np.ndarray | None = None
         """[N, L, D] once `attach_features` found them."""
         self._lock = lock
@@ -73,11 +78,13 @@ class Store:
         references: Mapping[str, Sequence[str]],
         groups: Mapping[str, str] | None = None,
         max_tokens: int,
+        clip_scores: Mapping[str, tuple[Sequence[float], int]] | None = None,
     ) -> Store:
         """Open the store in `folder`, making it where there is none.
 
         The result is finished (`complete`), or this process fills it (`owner`), or another one does and this one
-        follows. `image_shape` is (C, H, W); references are by image id, every caption once, in the shards' order.
+        follows. `image_shape` is (C, H, W); references are by image id, every caption once, in the shards' order;
+        `clip_scores` are (score of each caption, index of the chosen one) by image id.
 
         Raises:
             DataError: the folder holds another set; the counts contradict each other.
@@ -95,6 +102,9 @@ class Store:
             "references": [[str(c) for c in references[i]] for i in image_ids],
             "groups": [str((groups or {}).get(i) or i) for i in image_ids],
         }
+        if clip_scores is not None:
+            layout["clip_scores"] = [[float(s) for s in clip_scores[i][0]] for i in image_ids]
+            layout["selected"] = [int(clip_scores[i][1]) for i in image_ids]
         if (folder / "manifest.json").is_file():
             return cls.open(folder)._check_layout(layout)
         lock = FileLock(folder / ".lock")
@@ -134,6 +144,7 @@ class Store:
             references=references,
             groups=shards.groups(split),
             max_tokens=max_tokens,
+            clip_scores=shards.clip_scores(split),
         )
 
     @classmethod

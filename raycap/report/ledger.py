@@ -29,7 +29,7 @@ CLOCK = "checkpoints/clock.json"
 LOCK = "checkpoints/.lock"
 TRIAL_COLUMNS = (
     "trial_id", "state", "rank", "alpha", "scale", "lr", "dropout", "targets", "steps", "rung",
-    "val_loss", "cider", "cider_se", "seconds", "reason",
+    "val_loss", "cider", "cider_se", "seconds", "reason", "captions",
 )  # fmt: skip
 METRIC_COLUMNS = ("split", "variant", "metric", "score", "signature")
 VARIANTS = ("constant", "zero-shot", "adapter", "merged", "merged-nf4", "served")

@@ -35,6 +35,8 @@ def text_summary(run: Run) -> str:
     if run.best:
         best = run.best
         setting = f"rank {best['rank']}, alpha {best['alpha']:g}, lr {sci(best['lr'])}, dropout {best['dropout']:g}"
+        if best.get("captions") not in (None, "", "all"):
+            setting += f", captions {best['captions']}"
         lines.append(f"  winner   {best['trial_id']} of {len(run.trials)} trials: {setting}")
     test = run.metrics.get("test", {})
     for variant in sorted(test, key=variant_order):

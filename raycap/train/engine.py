@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from raycap.config import Config
-from raycap.data.order import SampleOrder, samples
+from raycap.data.order import Sampler
 from raycap.data.store import Store
 from raycap.errors import ModelError, RunError
 from raycap.models.base import CaptionModel, evaluating
@@ -85,9 +85,7 @@ class PackEngine:
         # An adapter in the tower or its projection makes features that no two slots share.
         self.frozen_vision = config.lora.scope == "language"
         self.images = Images(cm, stored=self.frozen_vision)
-        train = self.stores["train"]
-        self.samples = samples(train.captions_per_image, config.data.captions)
-        self.order = SampleOrder(len(self.samples), config.train.batch, config.run.seed)
+        self.samplers: dict[str, Sampler] = {}
         self.micro = config.train.batch // config.train.accumulation
         """Rows of a slot computed at once; halved when memory runs out."""
         self.scaled = cm.compute_dtype == torch.float16
@@ -112,6 +110,7 @@ class PackEngine:
         if len(self.slots) >= self.max_slots:
             raise RunError(f"trial {spec.trial_id} finds no slot: tune.slots={self.max_slots} are taken")
         targets = self.cm.family.match_targets(self.linears, self.config.lora.scope, spec.targets)
+        self.pairs(spec.captions, 0)
         if state is None:
             value = start(spec, {t: self.shapes[t] for t in targets}, self.stacks.dtype)
             slot = Slot(spec, targets, {"value": value, "m": {}, "v": {}})
@@ -196,7 +195,7 @@ class PackEngine:
             return {}
         self._stack(running)
         slots = [self.slots[t] for t in self.stacked]
-        batches = [self.samples[self.order.rows(slot.step)] for slot in slots]
+        batches = [self.pairs(slot.spec.captions, slot.step) for slot in slots]
         self.cm.model.train()
         while True:
             try:
@@ -237,10 +236,20 @@ class PackEngine:
             found[trial_id] = StepResult(slot.step, loss, norm, lr, good)
         return {t: found[t] for t in running}
 
+    def pairs(self, captions: str, step: int) -> np.ndarray:
+        """Samples [b, 2] that a slot with this choice of captions sees at its own `step`."""
+        if captions not in self.samplers:
+            train, seed, batch = self.stores["train"], self.config.run.seed, self.config.train.batch
+            self.samplers[captions] = Sampler(
+                train.captions_per_image, captions, batch, seed, clip_scores=train.clip_scores, selected=train.selected
+            )
+        return self.samplers[captions].pairs(step)
+
     def _gradients(self, slots: list[Slot], batches: list[np.ndarray]) -> torch.Tensor:
         """Losses [K] of the slots' effective batches, samples [b, 2] each; leaves the gradients in the stacks."""
         train = self.stores["train"]
-        shared = self.frozen_vision and all(s.step == slots[0].step for s in slots)
+        same_images = self.frozen_vision and all(np.array_equal(b[:, 0], batches[0][:, 0]) for b in batches[1:])
+        shared = same_images and all(np.array_equal(b, batches[0]) for b in batches[1:])
         if shared:  # one copy of texts and images: every slot's rows are the same
             batches = batches[:1]
         for batch in batches:
@@ -255,7 +264,9 @@ class PackEngine:
             pairs = np.concatenate([batch[first : first + self.micro] for batch in batches])
             text = self.validator.text(train, pairs, times=len(slots) if shared else 1)
             self.keys.set(seeds, steps, self.device, first)
-            output = self.cm.family.label_logits(self.cm, text, self.images.rows(train, pairs[:, 0]))
+            # Slots that differ in their choice of captions still share one copy of the images.
+            images = batches[0][first : first + self.micro, 0] if same_images else pairs[:, 0]
+            output = self.cm.family.label_logits(self.cm, text, self.images.rows(train, images))
             gradient, rows = output.logits.detach(), len(text["labels"]) // len(slots)
             losses += slot_losses(gradient, output.labels, output.rows, rows, tokens, gradient=True, scales=scales)
             output.logits.backward(gradient)

@@ -25,6 +25,7 @@ class TrialRecord:
     lr: float
     dropout: float
     targets: list[str]
+    captions: str = "all"
     steps: int = 0
     """Optimiser steps trained."""
     rung: int = 0
@@ -52,6 +53,7 @@ class TrialRecord:
             lr=spec.lr,
             dropout=spec.dropout,
             targets=list(spec.targets),
+            captions=spec.captions,
         )
 
     @classmethod

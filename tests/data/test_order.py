@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from raycap.data.order import SampleOrder, samples, seeded_permutation
+from raycap.data.order import CHOICES, SampleOrder, Sampler, keyed_uniform, samples, seeded_permutation
 from raycap.errors import DataError
 
 
@@ -60,3 +60,71 @@ def test_samples():
 def test_an_empty_order_is_refused():
     with pytest.raises(DataError, match="0 samples"):
         SampleOrder(0, 4, 0)
+
+
+COUNTS = np.array([3, 1, 5, 2, 4, 5, 5])
+SCORES = keyed_uniform(np.arange(COUNTS.sum()), 5)
+BEST = np.array([int(np.argmax(part)) for part in np.split(SCORES, np.cumsum(COUNTS)[:-1])])
+
+
+def sampler(choice, batch=3, seed=7):
+    return Sampler(COUNTS, choice, batch, seed, clip_scores=SCORES, selected=BEST)
+
+
+def by_epoch(one, epochs):
+    """epoch -> {image row: caption}, of a choice that has each image once an epoch."""
+    steps = -(-epochs * len(COUNTS) // one.order.batch)
+    pairs = np.concatenate([one.pairs(s) for s in range(steps)])[: epochs * len(COUNTS)]
+    return [dict(part.tolist()) for part in pairs.reshape(epochs, len(COUNTS), 2)]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_image_once_an_epoch_under_every_choice(choice):
+    one = sampler(choice)
+    if choice == "all":
+        pairs = np.concatenate([one.pairs(s) for s in range(9)])[: COUNTS.sum()]
+        assert sorted(map(tuple, pairs.tolist())) == sorted(map(tuple, samples(COUNTS, "all").tolist()))
+        return
+    for epoch in by_epoch(one, 5):
+        assert sorted(epoch) == list(range(len(COUNTS)))
+        assert all(0 <= caption < COUNTS[row] for row, caption in epoch.items())
+
+
+@pytest.mark.parametrize("choice", ["random-per-epoch", "weighted-clipscore"])
+def test_the_caption_depends_on_seed_epoch_and_image_alone(choice):
+    small, large = by_epoch(sampler(choice, batch=2), 6), by_epoch(sampler(choice, batch=5), 6)
+    assert small == large
+    again = sampler(choice, batch=2)
+    assert [again.pairs(s).tolist() for s in reversed(range(20))][::-1] == [
+        sampler(choice, batch=2).pairs(s).tolist() for s in range(20)
+    ]
+    assert by_epoch(sampler(choice, seed=8), 6) != small
+    assert any(small[0][row] != small[1][row] for row in small[0])
+
+
+def test_best_and_first_and_the_images_they_share():
+    assert by_epoch(sampler("best-clipscore"), 1)[0] == dict(enumerate(BEST.tolist()))
+    assert set(by_epoch(sampler("first"), 1)[0].values()) == {0}
+    for step in range(6):
+        rows = [sampler(choice).pairs(step)[:, 0].tolist() for choice in CHOICES if choice != "all"]
+        assert all(r == rows[0] for r in rows)
+
+
+def test_weights_are_the_scores():
+    one = Sampler([3, 2], "weighted-clipscore", 2, 0, clip_scores=[0.6, 0.0, 0.2, 0.0, 0.0], selected=[0, 0])
+    drawn = np.zeros((2, 3))
+    for step in range(4000):
+        for row, caption in one.pairs(step):
+            drawn[row, caption] += 1
+    assert drawn.sum() == 8000 and drawn[0, 1] == 0
+    assert drawn[0, 0] / 4000 == pytest.approx(0.75, abs=0.03)
+    assert drawn[1, 0] / 4000 == pytest.approx(0.5, abs=0.03)  # no score at all: evenly
+    counts = np.bincount([int(u * 10) for u in keyed_uniform(np.arange(5000), 1, 2)], minlength=10)
+    assert ((counts - 500) ** 2 / 500).sum() < 28  # 9 degrees of freedom: 27.9 at p = .001
+
+
+def test_a_choice_by_scores_needs_them():
+    with pytest.raises(DataError, match="prepare the source again"):
+        Sampler(COUNTS, "best-clipscore", 2, 0)
+    with pytest.raises(DataError, match="frist is unknown"):
+        Sampler(COUNTS, "frist", 2, 0)

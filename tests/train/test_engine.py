@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 
-from raycap.errors import ConfigError, ModelError, RunError
+from raycap.errors import ConfigError, DataError, ModelError, RunError
 from raycap.models import load_model
 from raycap.models.quantise import dequantise, quantised_linears
 from raycap.train import checkpoint
@@ -167,6 +168,31 @@ def test_a_slot_that_is_not_finite_fails_alone(make_engine, config, specs, run, 
     assert (hurt.state("t1")["best"] is None) == (where == "weights")
 
 
+def test_slots_may_differ_in_their_choice_of_captions(make_engine, config, specs, run):
+    c = config()
+    choices = ["first", "random-per-epoch", "first", "all"]
+    trials = [dataclasses.replace(s, captions=choice) for s, choice in zip(specs(c, 4), choices)]
+    for group in (trials[:3], trials):  # three that share their images, then one with other images too
+        packed = make_engine(c)
+        for spec in group:
+            packed.admit(spec)
+        together = run(packed, 4)
+        for spec in group:
+            alone = make_engine(c)
+            alone.admit(spec)
+            assert run(alone, 4)[spec.trial_id] == pytest.approx(together[spec.trial_id], rel=1e-5), spec.captions
+    pairs = {choice: packed.pairs(choice, 1) for choice in choices}
+    assert np.array_equal(pairs["first"][:, 0], pairs["random-per-epoch"][:, 0])
+    assert not np.array_equal(pairs["first"], pairs["random-per-epoch"])
+    assert not np.array_equal(pairs["first"][:, 0], pairs["all"][:, 0])
+
+
+def test_a_choice_by_scores_that_are_not_there_is_refused(make_engine, config, specs):
+    c = config()
+    with pytest.raises(DataError, match="best-clipscore"):
+        make_engine(c).admit(dataclasses.replace(specs(c, 1)[0], captions="best-clipscore"))
+
+
 @pytest.mark.parametrize("count", [1, 4])
 def test_one_base_product_a_linear_and_step(make_engine, config, specs, count):
     c = config()
@@ -292,7 +318,7 @@ def test_an_exported_slot_gives_the_same_logits_in_plain_peft(make_engine, confi
     for spec in specs(c, 4):
         engine.admit(spec)
     run(engine, 10)
-    store, pairs = engine.stores["val"], engine.samples[:6]
+    store, pairs = engine.stores["val"], np.array([[i, 0] for i in range(6)])
     text = engine.validator.text(store, pairs)
     pixels = engine.cm.family.pixel_values(engine.cm.processor, torch.from_numpy(store.pixels(pairs[:, 0])))
     for trial_id in engine.active:

@@ -38,7 +38,7 @@ def train_with_peft(model, engine, spec, steps):
     store, losses = engine.stores["train"], []
     peft.train()
     for step in range(steps):
-        pairs = engine.samples[engine.order.rows(step)]
+        pairs = engine.pairs("all", step)
         text = engine.validator.text(store, pairs)
         pixels = engine.cm.family.pixel_values(engine.cm.processor, torch.from_numpy(store.pixels(pairs[:, 0])))
         output = peft(**text, pixel_values=pixels.to(dtype))
