@@ -13,23 +13,29 @@ from raycap.cli.common import add_json, print_json
 from raycap.errors import UsageError
 
 NAME = "score"
-HELP = "score captions against references: BLEU, METEOR, ROUGE-L, CIDEr, each with its signature"
+HELP = "score captions against references: BLEU, METEOR, ROUGE-L, CIDEr and more, each with its signature"
 EXAMPLES = """\
 examples:
   raycap score predictions.jsonl references.jsonl
   raycap score results.json captions_val2014.json --metrics cider,bleu --json
   raycap score mine.jsonl refs.jsonl --lang ja --metrics bleu,rouge_l,cider --per-image scores.jsonl
+  raycap score results.json captions_val2014.json --metrics cider,clipscore --images val2014
 
 predictions: {"image_id", "caption"} a line, or a COCO results file; references: {"image_id", "captions": [...]} a line,
 or a COCO annotation file. A predictions file that holds "references", as a run folder's does, can stand for both.
 """
 SHOWN = 3
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("predictions", metavar="PREDICTIONS", type=Path)
     parser.add_argument("references", metavar="REFERENCES", type=Path)
-    parser.add_argument("--metrics", default="bleu,meteor,rouge_l,cider", help="default: %(default)s")
+    parser.add_argument(
+        "--metrics",
+        default="bleu,meteor,rouge_l,cider",
+        help="default: %(default)s; further: rouge_1, token_f1, distinct, length_ratio, clipscore, spice",
+    )
     parser.add_argument("--lang", default="en", choices=("en", "ja"))
     parser.add_argument(
         "--per-image", metavar="FILE", type=Path, help="write each image's scores there, one JSON a line"
@@ -37,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokeniser", help="en: ptb (Java) or ptb-py; ja: unidic-lite or char; default: the first that runs here"
     )
+    parser.add_argument(
+        "--corpus", metavar="FILE", type=Path, help="references that CIDEr takes its document frequencies from"
+    )
+    parser.add_argument(
+        "--images", metavar="FOLDER", type=Path, help="pictures for clipscore, named by image id or as in a COCO file"
+    )
+    parser.add_argument("--clip", default="", help="architecture/weights, or a folder; default: ViT-B-32/openai")
     add_json(parser)
 
 
@@ -61,9 +74,14 @@ def run(args: argparse.Namespace) -> int:
     metrics = tuple(m.strip() for m in args.metrics.split(",") if m.strip())
     if not metrics:
         raise UsageError("--metrics names no metric")
+    corpus = read_references(args.corpus)[0] if args.corpus else None
+    images = find_pictures(args.images, both, args.references) if args.images else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        found = score({i: predictions[i] for i in both}, references, metrics, args.lang, tokeniser=args.tokeniser)
+        found = score(
+            {i: predictions[i] for i in both}, references, metrics, args.lang,
+            tokeniser=args.tokeniser, corpus=corpus, images=images, clip=args.clip,
+        )  # fmt: skip
     notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
     if args.per_image:
         from raycap.files import write_jsonl
@@ -119,6 +137,35 @@ def read_references(path: Path) -> tuple[dict[str, list[str]], list[str]]:
     if bare:
         notes.append(f"{len(bare)} images have no reference left: {', '.join(bare[:SHOWN])}")
     return {i: texts for i, texts in found.items() if texts}, notes
+
+
+def find_pictures(folder: Path, ids: list[str], references: Path) -> dict[str, Path]:
+    """Image id -> picture file: its `file_name` where the references are a COCO file, a file of that name, or of that stem.
+
+    COCO's own names end in the id with leading zeros; those are understood too.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--images {folder}: there is no such folder")
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.suffix.lower() in PICTURES}
+    stems: dict[str, Path] = {}
+    for path in files.values():
+        stems.setdefault(path.stem, path)
+        digits = path.stem.rsplit("_", 1)[-1]
+        if digits.isdigit():
+            stems.setdefault(str(int(digits)), path)
+    named: dict[str, str] = {}
+    if references.suffix == ".json":
+        whole = json.loads(references.read_text(encoding="utf-8"))
+        rows = whole.get("images", []) if isinstance(whole, dict) else []
+        named = {str(r["id"]): r["file_name"] for r in rows if isinstance(r, dict) and "id" in r and "file_name" in r}
+    found = {i: files.get(named.get(i, i)) or stems.get(i) for i in ids}
+    missing = [i for i, path in found.items() if path is None]
+    if missing:
+        raise UsageError(
+            f"--images {folder} has no picture for {len(missing)} of {len(ids)} captions, first {missing[0]!r}: a picture is "
+            f"found by its id as name or stem ({missing[0]}.jpg), or by a COCO file's file_name"
+        )
+    return {i: path for i, path in found.items() if path is not None}
 
 
 def _rows(path: Path, lists: Iterable[str]) -> Iterable[tuple[str, dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +27,10 @@ METRICS: dict[str, str] = {
     "token_f1": "raycap.evaluate.overlap:token_f1",
     "distinct": "raycap.evaluate.overlap:distinct",
     "length_ratio": "raycap.evaluate.overlap:length_ratio",
+    "clipscore": "raycap.models.clip_score:clipscore",
+    "spice": "raycap.evaluate.spice:spice",
 }
-"""Each gives one score or several: `bleu` gives bleu1 to bleu4."""
+"""Each gives one score or several: `bleu` gives bleu1 to bleu4, `clipscore` clip_cosine, clipscore and refclipscore."""
 DEFAULT_METRICS = ("bleu", "meteor", "rouge_l", "cider")
 
 
@@ -59,6 +62,8 @@ class Result:
     score: float
     per_image: np.ndarray | None
     parts: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What a reader should know: captions cut, and the like."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,11 @@ class Prepared:
     all_references: Mapping[Any, Sequence[str]]
     """Those of images without a caption too; CIDEr's document frequencies come from them."""
     all_tokenised: dict[Any, list[str]]
+    corpus: Mapping[Any, Sequence[str]] | None = None
+    """Where CIDEr's document frequencies come from; the references when None."""
+    images: Mapping[Any, Any] | None = None
+    """Pictures by image id, for the metrics that look at them."""
+    clip: str = ""
 
     def tokenised_references(self) -> dict[Any, list[str]]:
         return dict(zip(self.ids, self.references))
@@ -84,8 +94,15 @@ class Prepared:
 
     @cached_property
     def cider(self) -> CiderScorer:
-        flat = iter([caption for captions in self.all_tokenised.values() for caption in captions])
-        return CiderScorer(self.all_references, lambda captions: [next(flat) for _ in captions], lang=self.lang)
+        known = {r: t for i, refs in self.all_references.items() for r, t in zip(refs, self.all_tokenised[i])}
+        tokenise = load_tokeniser(self.tokeniser)
+
+        def tokenised(captions: Sequence[str]) -> list[str]:
+            fresh = [caption for caption in dict.fromkeys(captions) if caption not in known]
+            known.update(zip(fresh, tokenise(fresh)) if fresh else ())
+            return [known[caption] for caption in captions]
+
+        return CiderScorer(self.all_references, tokenised, corpus=self.corpus, lang=self.lang)
 
 
 def register(name: str, target: str) -> None:
@@ -109,8 +126,14 @@ def score(
     lang: str = "en",
     *,
     tokeniser: str | None = None,
+    corpus: Mapping[Any, Sequence[str]] | None = None,
+    images: Mapping[Any, Any] | None = None,
+    clip: str = "",
 ) -> Scores:
     """Score one caption an image against its references; figures equal pycocoevalcap's to 1e-6.
+
+    `corpus` holds captions by image that CIDEr takes its document frequencies from, the references when None. `images`
+    (id -> PIL image, bytes or path) and `clip` (see `raycap.models.clip_score.ClipScorer`) are for `clipscore` alone.
 
     Images with references and no prediction are left out, and count for CIDEr's document frequencies only. What the
     machine cannot compute (METEOR without Java) is left out with a warning, and named in `notes`.
@@ -121,17 +144,22 @@ def score(
     """
     computed = {name: load_metric(name) for name in metrics}
     found = Scores()
-    reason = _no_meteor(lang)
-    if "meteor" in computed and reason:
-        del computed["meteor"]
-        if not computed:
-            raise ConfigError(f"metrics: {reason}")
-        found.notes.append(f"METEOR left out: {reason}")
+    if (clip or images is not None) and "clipscore" not in computed:
+        raise ConfigError("`images` and `clip` have no effect without the metric clipscore")
+    if corpus is not None and "cider" not in computed:
+        raise ConfigError("`corpus` has no effect without the metric cider, whose document frequencies it gives")
+    for name, title, reason in (("meteor", "METEOR", _no_meteor(lang)), ("spice", "SPICE", _no_spice(lang))):
+        if name in computed and reason:
+            del computed[name]
+            if not computed:
+                raise ConfigError(f"metrics: {reason}")
+            found.notes.append(f"{title} left out: {reason}")
     if "meteor" in computed:
         from raycap.evaluate.meteor import shared
 
         shared().start()  # its Java reads tables for seconds, meanwhile the captions are tokenised
     data = _prepare(predictions, references, lang, tokeniser or default_tokeniser(lang))
+    data = dataclasses.replace(data, corpus=corpus, images=images, clip=clip)
     if data.tokeniser == "ptb-py" and tokeniser is None:
         found.notes.append("no Java: captions are tokenised by the PTB rules in Python")
     missing = [image for image in references if image not in predictions]
@@ -143,6 +171,7 @@ def score(
     common = {"refs": references_per_image(data.raw_references), "lang": lang, "n": len(data.ids)}
     for function in computed.values():
         for result in function(data):
+            found.notes += result.notes
             parts = {"tok": data.tokeniser, **result.parts, **common}
             per_image = {} if result.per_image is None else dict(zip(data.ids, map(float, result.per_image)))
             found[result.name] = Score(result.name, result.score, signature(result.name, **parts), per_image)
@@ -187,6 +216,14 @@ def _no_meteor(lang: str) -> str:
     if lang != "en":
         return f"METEOR's stems, synonyms and paraphrases are English ones; there are none for lang={lang}."
     return "" if java() else NO_JAVA
+
+
+def _no_spice(lang: str) -> str:
+    if lang != "en":
+        return f"SPICE compares scene graphs from an English parser; there is none for lang={lang}."
+    from raycap.evaluate.spice import missing
+
+    return missing()
 
 
 def _meteor(data: Prepared) -> list[Result]:

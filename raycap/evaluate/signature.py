@@ -8,7 +8,7 @@ from typing import Any
 from raycap import __version__
 from raycap.files import sha256_json
 
-_ORDER = ("variant", "tok", "df", "len", "beta", "refs", "lang", "n")
+_ORDER = ("variant", "model", "clip", "tok", "cut", "df", "len", "beta", "refs", "lang", "n")
 
 
 def signature(name: str, **parts: object) -> str:

@@ -85,6 +85,35 @@ def test_what_does_not_match_is_said_and_counted(files, capsys, golden):
         assert part in said, (part, said)
 
 
+def test_document_frequencies_of_a_corpus(files, capsys, golden):
+    from raycap.evaluate.cider import CiderScorer
+
+    predictions, references = golden
+    corpus = {f"c{n}": [f"a dog number {n}", "a cat"] for n in range(60)}
+    write_jsonl(files / "corpus.jsonl", [{"image_id": i, "captions": c} for i, c in corpus.items()])
+    found = run_json(capsys, files / "p.jsonl", files / "r.jsonl", *TEXT, "--corpus", files / "corpus.jsonl")
+    wanted = CiderScorer(references, corpus=corpus).score(predictions)[0]
+    assert found["metrics"]["cider"]["score"] == pytest.approx(wanted, abs=1e-12)
+    assert "df:corpus@" in found["metrics"]["cider"]["signature"]
+    assert not any("document frequencies from" in note for note in found["notes"])
+
+
+def test_pictures_are_found_by_name_stem_or_coco_file(files):
+    from raycap.cli.score import find_pictures
+    from raycap.errors import UsageError
+
+    folder = files / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("g01.jpg", "sub/COCO_val2014_000000000042.jpg", "photo.png"):
+        (folder / name).touch()
+    write_json(files / "coco.json", {"images": [{"id": 7, "file_name": "photo.png"}], "annotations": []})
+    found = find_pictures(folder, ["g01", "g01.jpg", "42", "7"], files / "coco.json")
+    assert {i: p.name for i, p in found.items()} == {
+        "g01": "g01.jpg", "g01.jpg": "g01.jpg", "42": "COCO_val2014_000000000042.jpg", "7": "photo.png"}  # fmt: skip
+    with pytest.raises(UsageError, match=r"1 of 2 captions, first 'zz'"):
+        find_pictures(folder, ["g01", "zz"], files / "r.jsonl")
+
+
 def test_table(files, capsys):
     assert main(["score", str(files / "p.jsonl"), str(files / "r.jsonl"), *TEXT]) == 0
     out = capsys.readouterr().out
@@ -103,6 +132,9 @@ def test_table(files, capsys):
         ("p.jsonl", "r.jsonl", ["--metrics", ","], "names no metric"),
         ("p.jsonl", "r.jsonl", ["--tokeniser", "pbt"], "did you mean 'ptb'"),
         ("p.jsonl", "r.jsonl", ["--lang", "de"], "--lang"),
+        ("p.jsonl", "r.jsonl", ["--metrics", "clipscore"], "--images FOLDER"),
+        ("p.jsonl", "r.jsonl", ["--metrics", "bleu", "--clip", "ViT-B-32/openai"], "no effect"),
+        ("p.jsonl", "r.jsonl", ["--metrics", "bleu", "--corpus", "r.jsonl"], "cannot be read"),
         ("p.jsonl", "r.jsonl", ["--metrics", "meteor", "--lang", "ja"], "English"),
     ],
 )
