@@ -14,6 +14,7 @@ an integer of all ones or all zeros, put on by a bitwise and: on a CPU a third o
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Sequence
 
@@ -62,10 +63,15 @@ def put_on(x: torch.Tensor, mask: torch.Tensor, *, in_place: bool = False) -> to
     return (x.view(integers) & mask.to(integers)).view(x.dtype)
 
 
-class Keys:
-    """The step that masks belong to. Set before a forward that trains, cleared after its backward."""
+class Keys(threading.local):
+    """The step that masks belong to. Set before a forward that trains, cleared after its backward.
+
+    Every thread has its own, so that lanes (raycap/train/lanes.py) compute different rows of a step at once.
+    """
 
     def __init__(self) -> None:
+        self.lane = 0
+        """Whose gradients the modules add up."""
         self.slots = 0
         self.first_row = 0
         self._slot_hashes: torch.Tensor | None = None

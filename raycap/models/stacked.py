@@ -49,7 +49,7 @@ class _AddLora(torch.autograd.Function):
         else:
             out.baddbmm_(narrow, B.mT)
         ctx.mark_dirty(y)
-        ctx.site = site
+        ctx.site, ctx.lane = site, site.keys.lane
         ctx.save_for_backward(rows, narrow, A, B, mask, dropped)
         return y
 
@@ -58,10 +58,11 @@ class _AddLora(torch.autograd.Function):
     def backward(ctx, grad):
         rows, narrow, A, B, mask, dropped = ctx.saved_tensors
         g = grad.reshape(len(A), -1, grad.shape[-1])
-        _add_product(ctx.site.grad_B, g.mT, narrow)
+        grad_A, grad_B = ctx.site.grads[ctx.lane]
+        _add_product(grad_B, g.mT, narrow)
         grad_narrow = _product(g, B, torch.empty_like(narrow))
         for part, inner in _parts(rows, dropped):
-            _add_product(ctx.site.grad_A[part], grad_narrow[part].mT, inner)
+            _add_product(grad_A[part], grad_narrow[part].mT, inner)
         grad_x = None
         if ctx.needs_input_grad[1]:
             grad_x = _product(grad_narrow, A, torch.empty_like(rows))
@@ -105,8 +106,8 @@ class StackedLora(nn.Module):
         self.A: torch.Tensor | None = None
         """[K, R, I]; B is [K, O, R] and holds alpha / r too. Views of the stacks, as are the gradients."""
         self.B: torch.Tensor | None = None
-        self.grad_A: torch.Tensor | None = None
-        self.grad_B: torch.Tensor | None = None
+        self.grads: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Those of A and B, for each lane."""
         self.limits: torch.Tensor | None = None
         """Dropout thresholds [d] of the slots that drop, which come first."""
 
@@ -141,8 +142,10 @@ class StackedLora(nn.Module):
 class Stacks:
     """The parameters and moments of all slots that train, and the modules that use them."""
 
-    def __init__(self, model: nn.Module, keys: Keys, *, compute_dtype: torch.dtype, device: torch.device):
-        self.model, self.keys, self.device = model, keys, device
+    def __init__(
+        self, model: nn.Module, keys: Keys, *, compute_dtype: torch.dtype, device: torch.device, lanes: int = 1
+    ):
+        self.model, self.keys, self.device, self.lanes = model, keys, device, lanes
         self.compute_dtype = compute_dtype
         self.dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
         """Parameters and moments are kept in at least fp32, whatever is computed in."""
@@ -154,7 +157,9 @@ class Stacks:
     def _clear(self) -> None:
         empty = torch.zeros(0, 0, device=self.device, dtype=self.dtype)
         self.specs, self.names, self._places, self.rank, self.half = [], [], {}, 0, 0
-        self.value = self.m = self.v = self.grads = self._work = self._work_grads = empty
+        self.value = self.m = self.v = self.grads = self._work = empty
+        self._work_grads: list[torch.Tensor] = []
+        """Where backward adds up, a tensor [K, P] a lane."""
 
     def site(self, path: str) -> StackedLora:
         """The module at `path`, made able to carry adapters."""
@@ -192,7 +197,7 @@ class Stacks:
                     up[k, :, : b.shape[1]] = b
         self.grads = torch.zeros_like(self.value)
         self._work = torch.zeros_like(self.value, dtype=self.compute_dtype)
-        self._work_grads = torch.zeros_like(self._work)
+        self._work_grads = [torch.zeros_like(self._work) for _ in range(self.lanes)]
         self.scale = self._column([s.scale for s in specs])
         # What dropout leaves is scaled up through B as well, not element by element.
         self.train_scale = self._column([s.scale / kept_share(s.dropout) for s in specs])
@@ -217,17 +222,17 @@ class Stacks:
         a = flat[:, down : down + self.rank * inputs].view(-1, self.rank, inputs)
         return a, flat[:, up : up + self.rank * outputs].view(-1, outputs, self.rank)
 
-    def _bind(self, work: torch.Tensor, grads: torch.Tensor | None) -> None:
-        """Let the modules use `work` [K', P]; with `grads` to train, their gradients adding up there."""
+    def _bind(self, work: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
+        """Let the modules use `work` [K', P]; with `grads` to train, each lane's gradients adding up in one of them."""
         dropping = [s.dropout for s in self.specs if s.dropout > 0]
-        limits = drop_limits(dropping, self.device) if dropping and grads is not None else None
+        limits = drop_limits(dropping, self.device) if dropping and grads else None
         for path, site in self.sites.items():
-            site.A = site.B = site.grad_A = site.grad_B = None
+            site.A = site.B = None
+            site.grads = []
             site.limits = limits
             if path in self._places and len(work):
                 site.A, site.B = self.views(work, path)
-                if grads is not None:
-                    site.grad_A, site.grad_B = self.views(grads, path)
+                site.grads = [self.views(lane, path) for lane in grads]
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -240,21 +245,24 @@ class Stacks:
         work[:, : self.half] = value[:, : self.half]
         torch.mul(value[:, self.half :], scale, out=work[:, self.half :])
 
-    def collect(self) -> None:
-        """Take what the backward of a piece left into `grads` [K, P], the gradients of the parameters."""
-        downs, ups = self._work_grads[:, : self.half], self._work_grads[:, self.half :]
-        if self._collected:
-            self.grads[:, : self.half] += downs
-            self.grads[:, self.half :].addcmul_(ups.to(self.dtype), self.train_scale)
-        else:
-            self.grads[:, : self.half] = downs
-            torch.mul(ups, self.train_scale, out=self.grads[:, self.half :])
-        self._collected = True
-        self._work_grads.zero_()
+    def collect(self, lanes: int = 1) -> None:
+        """Take what the backward of a piece left in the first `lanes` lanes into `grads` [K, P], the gradients of the
+        parameters; always in the lanes' order."""
+        for work in self._work_grads[:lanes]:
+            downs, ups = work[:, : self.half], work[:, self.half :]
+            if self._collected:
+                self.grads[:, : self.half] += downs
+                self.grads[:, self.half :].addcmul_(ups.to(self.dtype), self.train_scale)
+            else:
+                self.grads[:, : self.half] = downs
+                torch.mul(ups, self.train_scale, out=self.grads[:, self.half :])
+            self._collected = True
+            work.zero_()
 
     def discard(self) -> None:
         """Forget the gradients of a piece that did not come to its end."""
-        self._work_grads.zero_()
+        for work in self._work_grads:
+            work.zero_()
 
     @contextmanager
     def applying(self, slots: Sequence[int]) -> Iterator[None]:
@@ -264,7 +272,7 @@ class Stacks:
         if len(chosen):
             self._fill(work, self.value[chosen], self.scale[chosen])
         try:
-            self._bind(work, None)
+            self._bind(work, ())
             with torch.no_grad():
                 yield
         finally:

@@ -25,6 +25,7 @@ from raycap.models.dropout import Keys, key_base_dropout
 from raycap.models.lora import Weights, export_adapter, import_adapter, start
 from raycap.models.stacked import KINDS, Stacks
 from raycap.train.features import Images
+from raycap.train.lanes import lanes_for
 from raycap.train.loss import slot_losses
 from raycap.train.optim import FIRST_LOSS_SCALE, LossScale, StackedAdamW
 from raycap.train.validate import EvalResult, Validator
@@ -77,7 +78,10 @@ class PackEngine:
             linear = cm.model.get_submodule(path)
             self.shapes[path] = (linear.in_features, linear.out_features)
         key_base_dropout(cm.model, self.keys, on=config.train.base_dropout)
-        self.stacks = Stacks(cm.model, self.keys, compute_dtype=cm.compute_dtype, device=cm.device)
+        self.lanes = lanes_for(cm.device)
+        self.stacks = Stacks(
+            cm.model, self.keys, compute_dtype=cm.compute_dtype, device=cm.device, lanes=self.lanes.count
+        )
         self.slots: dict[str, Slot] = {}
         self.stacked: list[str] = []
         """Trials in the stacks, in their order there."""
@@ -89,7 +93,7 @@ class PackEngine:
         self.micro = config.train.batch // config.train.accumulation
         """Rows of a slot computed at once; halved when memory runs out."""
         self.scaled = cm.compute_dtype == torch.float16
-        self.validator = Validator(cm, self.images, config)
+        self.validator = Validator(cm, self.images, config, self.lanes)
 
     # --- coming and going ---------------------------------------------------------------------------------------------
 
@@ -161,6 +165,7 @@ class PackEngine:
         self.slots.clear()
         self.stacked = []
         self.stacks.unwrap()
+        self.lanes.close()
 
     def _slot(self, trial_id: str) -> Slot:
         if trial_id not in self.slots:
@@ -210,8 +215,6 @@ class PackEngine:
                 # Keyed dropout and the token-exact loss make the repeated step the same step.
                 self.micro = math.ceil(self.micro / 2)
                 self.stacks.discard()
-            finally:
-                self.keys.clear()
             torch.cuda.empty_cache()
         norms, finite = self.optimiser.step(
             self.stacks.value,
@@ -260,17 +263,33 @@ class PackEngine:
         scales = torch.tensor([s.loss_scale.value for s in slots], device=self.device) if self.scaled else None
         losses = torch.zeros(len(slots), device=self.device, dtype=self.stacks.dtype)
         self.stacks.refresh()
-        for first in range(0, len(batches[0]), self.micro):
-            pairs = np.concatenate([batch[first : first + self.micro] for batch in batches])
+
+        def piece(lane: int, part: tuple[int, np.ndarray, torch.Tensor]) -> torch.Tensor:
+            first, pairs, images = part
             text = self.validator.text(train, pairs, times=len(slots) if shared else 1)
+            self.keys.lane = lane
             self.keys.set(seeds, steps, self.device, first)
-            # Slots that differ in their choice of captions still share one copy of the images.
-            images = batches[0][first : first + self.micro, 0] if same_images else pairs[:, 0]
-            output = self.cm.family.label_logits(self.cm, text, self.images.rows(train, images))
-            gradient, rows = output.logits.detach(), len(text["labels"]) // len(slots)
-            losses += slot_losses(gradient, output.labels, output.rows, rows, tokens, gradient=True, scales=scales)
-            output.logits.backward(gradient)
-            self.stacks.collect()
+            try:
+                output = self.cm.family.label_logits(self.cm, text, images)
+                gradient, rows = output.logits.detach(), len(text["labels"]) // len(slots)
+                found = slot_losses(gradient, output.labels, output.rows, rows, tokens, gradient=True, scales=scales)
+                output.logits.backward(gradient)
+            finally:
+                self.keys.clear()
+            return found
+
+        for first in range(0, len(batches[0]), self.micro):
+            count = len(batches[0][first : first + self.micro])
+            ends = np.linspace(first, first + count, min(count, self.lanes.worth(count * len(slots))) + 1).astype(int)
+            parts = []
+            for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist()):
+                pairs = np.concatenate([batch[begin:end] for batch in batches])
+                # Slots that differ in their choice of captions still share one copy of the images.
+                images = batches[0][begin:end, 0] if same_images else pairs[:, 0]
+                parts.append((begin, pairs, self.images.rows(train, images)))
+            for found in self.lanes.run(piece, parts):
+                losses += found
+            self.stacks.collect(len(parts))
         return losses
 
     # --- scoring ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Shapes: n images, N visual tokens, D width of the tower.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -31,6 +32,7 @@ class Images:
     def __init__(self, cm: CaptionModel, *, stored: bool):
         self.cm, self.stored = cm, stored
         self._key: str | None = None
+        self._lock = threading.Lock()
 
     def rows(self, store: Store, rows: np.ndarray) -> torch.Tensor:
         """Features [n, N, D] or pixel values of the images in `rows`, waiting for those that have not come yet."""
@@ -38,8 +40,9 @@ class Images:
         if not self.stored:
             store.wait(rows)
             return self._pixel_values(store, rows).to(self.cm.device, self.cm.compute_dtype)
-        if store.features is None and store.complete:
-            self.store_features(store)
+        with self._lock:  # lanes ask side by side
+            if store.features is None and store.complete:
+                self.store_features(store)
         if store.features is not None:
             return self._from_numpy(np.asarray(store.features[rows]))
         store.wait(rows)

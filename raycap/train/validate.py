@@ -17,6 +17,7 @@ from raycap.config import Config
 from raycap.data.store import Store
 from raycap.models.base import CaptionModel
 from raycap.train.features import Images
+from raycap.train.lanes import Lanes
 from raycap.train.loss import slot_losses
 
 
@@ -40,8 +41,8 @@ class EvalResult:
 class Validator:
     """Scores whatever slots the model applies at the moment. `decode.batch` bounds the rows, slots x images, at once."""
 
-    def __init__(self, cm: CaptionModel, images: Images, config: Config):
-        self.cm, self.images, self.config = cm, images, config
+    def __init__(self, cm: CaptionModel, images: Images, config: Config, lanes: Lanes | None = None):
+        self.cm, self.images, self.config, self.lanes = cm, images, config, lanes or Lanes()
         self._scorers: dict[str, Any] = {}
 
     def text(self, store: Store, pairs: np.ndarray, *, times: int = 1) -> dict[str, torch.Tensor]:
@@ -89,35 +90,45 @@ class Validator:
         """Mean loss a token of each slot, on one reference an image: the first of the first image, the second of the
         second, and so on around, so that every way of wording counts at the price of one."""
         pairs = np.stack([rows, np.arange(len(rows)) % store.captions_per_image[rows]], axis=1)
-        total, tokens = torch.zeros(slots, device=self.cm.device, dtype=torch.float64), 0
         one = torch.ones(slots, device=self.cm.device)
-        for part in self._parts(pairs, slots):
+
+        @torch.no_grad()  # which is a matter of each thread
+        def piece(lane: int, part: np.ndarray) -> tuple[torch.Tensor, int]:
             store.wait(part[:, 0])
-            text = self.text(store, part, times=slots)
-            images = self.images.rows(store, part[:, 0])
-            if not self.images.stored:
-                images = _tiled(images, slots)
-            output = self.cm.family.label_logits(self.cm, text, images)
-            total += slot_losses(*output, len(part), one)
-            tokens += int((store.token_lens(part) - store.prompt_lens(part)).sum())
+            images = self._images(store, part[:, 0], 1 if self.images.stored else slots)
+            output = self.cm.family.label_logits(self.cm, self.text(store, part, times=slots), images)
+            tokens = int((store.token_lens(part) - store.prompt_lens(part)).sum())
+            return slot_losses(*output, len(part), one), tokens
+
+        total, tokens = torch.zeros(slots, device=self.cm.device, dtype=torch.float64), 0
+        for summed, count in self.lanes.run(piece, self._parts(pairs, slots)):
+            total += summed
+            tokens += count
         return (total / max(tokens, 1)).tolist()
 
     def captions(self, store: Store, rows: np.ndarray, slots: int) -> list[list[str]]:
         """Per slot, a caption for each image of `rows`. `slots` 0 or 1: whatever the model is."""
         slots = max(1, slots)
+
+        def piece(lane: int, part: np.ndarray) -> list[str]:
+            with torch.no_grad():
+                return self.cm.family.generate(self.cm, self._images(store, part, slots), self.config.decode)
+
         found: list[list[str]] = [[] for _ in range(slots)]
-        for part in self._parts(rows, slots):
-            images = _tiled(self.images.rows(store, part), slots)
-            texts = self.cm.family.generate(self.cm, images, self.config.decode)
+        parts = self._parts(rows, slots)
+        for part, texts in zip(parts, self.lanes.run(piece, parts)):
             for k in range(slots):
                 found[k] += texts[k * len(part) : (k + 1) * len(part)]
         return found
 
+    def _images(self, store: Store, rows: np.ndarray, times: int) -> torch.Tensor:
+        """What the model takes for the images of `rows`, `times` over, slot-major."""
+        images = self.images.rows(store, rows)
+        return images if times == 1 else images.repeat(times, *[1] * (images.dim() - 1))
+
     def _parts(self, rows: np.ndarray, slots: int) -> list[np.ndarray]:
-        size = max(1, self.config.decode.batch // max(1, slots))
-        return np.array_split(rows, math.ceil(len(rows) / size))
-
-
-def _tiled(images: torch.Tensor, times: int) -> torch.Tensor:
-    """[n, ...] -> [times * n, ...], slot-major."""
-    return images.repeat(times, *[1] * (images.dim() - 1))
+        """`rows` in parts of at most `decode.batch` rows of all slots and lanes together."""
+        lanes = self.lanes.worth(min(len(rows) * max(1, slots), self.config.decode.batch))
+        size = max(1, self.config.decode.batch // (max(1, slots) * lanes))
+        count = math.ceil(len(rows) / size)
+        return np.array_split(rows, min(len(rows), max(count, -(-count // lanes) * lanes)))

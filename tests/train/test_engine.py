@@ -144,8 +144,8 @@ def test_a_slot_that_is_not_finite_fails_alone(make_engine, config, specs, run, 
     else:
         collect = hurt.stacks.collect
 
-        def spoiled():
-            collect()
+        def spoiled(lanes):
+            collect(lanes)
             hurt.stacks.grads[1, 0] = math.inf
 
         hurt.stacks.collect = spoiled

@@ -1,0 +1,68 @@
+"""Pieces of one step side by side: on a CPU, threads with a part of the rows each, instead of more cores an operation.
+
+A pack's operations are small: shared between cores one by one they wait for each other at every end. A lane takes a
+part of the rows through all of them with the cores that are its own, and meets the other lanes once, when gradients are
+added up in the lanes' order. So the result depends on how many lanes there are, not on which one is done first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+
+MIN_ROWS = 24
+"""Rows that a lane must have to be worth it: below, what an operation costs whatever its size is most of it."""
+MAX_LANES = 4
+"""Python runs one lane at a time between two operations, and each lane holds gradients of all slots."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Lanes:
+    """`count` lanes of `threads_each` threads; pieces of fewer than `min_rows` rows are not cut any smaller."""
+
+    def __init__(self, count: int = 1, threads_each: int = 1, *, min_rows: int = MIN_ROWS):
+        self.count, self.threads_each, self.min_rows = count, threads_each, min_rows
+        self._pool: ThreadPoolExecutor | None = None
+
+    def worth(self, rows: int) -> int:
+        """How many lanes to spread `rows` rows over."""
+        return max(1, min(self.count, rows // self.min_rows))
+
+    def run(self, work: Callable[[int, T], R], items: Sequence[T]) -> list[R]:
+        """`work(lane, item)` of every item, in order. One item is done in this thread, with all of its cores.
+
+        An exception is raised when all items have come to their end, the first item's first.
+        """
+        if len(items) <= 1 or self.count == 1:
+            return [work(0, item) for item in items]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(
+                self.count, "lane", initializer=torch.set_num_threads, initargs=(self.threads_each,)
+            )
+        found: list[R] = []
+        for first in range(0, len(items), self.count):
+            futures = [
+                self._pool.submit(work, lane, item) for lane, item in enumerate(items[first : first + self.count])
+            ]
+            wait(futures)
+            found += [future.result() for future in futures]
+        return found
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+def lanes_for(device: torch.device) -> Lanes:
+    """Lanes for what this process may use of a CPU; one for a GPU, which runs a whole step at once."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads < 2:
+        return Lanes()
+    count = min(MAX_LANES, threads)
+    return Lanes(count, threads // count)

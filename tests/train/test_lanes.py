@@ -1,0 +1,87 @@
+"""Lanes: the same step cut into other pieces, done side by side."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from raycap.train.lanes import Lanes, lanes_for
+
+
+def with_lanes(engine, count):
+    engine.lanes = engine.validator.lanes = Lanes(count, 1, min_rows=1)
+    engine.stacks.lanes = count
+    return engine
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_lanes_train_what_one_lane_trains(make_engine, config, specs, run, delta, dropout):
+    c = config(train__base_dropout=dropout > 0)
+    engines = [with_lanes(make_engine(c, dtype="fp64"), count) for count in (1, 3)]
+    losses = []
+    for engine in engines:
+        for spec in specs(c, 3, dropout=dropout):
+            engine.admit(spec)
+        losses.append(run(engine, 6))
+    one, other = engines
+    for trial_id in one.active:
+        assert losses[1][trial_id] == pytest.approx(losses[0][trial_id], rel=1e-9)
+        assert delta(one.state(trial_id)["value"], other.state(trial_id)["value"]) < 1e-9
+    alone, wide = (engine.evaluate(engine.active) for engine in engines)
+    for trial_id in alone:
+        assert wide[trial_id].captions == alone[trial_id].captions
+        assert wide[trial_id].val_loss == pytest.approx(alone[trial_id].val_loss, rel=1e-9)
+
+
+def test_the_same_lanes_repeat_bitwise(make_engine, config, specs, run):
+    c = config()
+    found = []
+    for _ in range(2):
+        engine = with_lanes(make_engine(c), 2)
+        for spec in specs(c, 3, dropout=0.1):
+            engine.admit(spec)
+        run(engine, 5)
+        found.append(engine)
+    for trial_id in found[0].active:
+        first, second = (e.state(trial_id)["value"] for e in found)
+        assert all(torch.equal(x, y) for path in first for x, y in zip(first[path], second[path]))
+
+
+def test_each_lane_is_a_thread_of_its_own_and_answers_come_in_order():
+    lanes = Lanes(2, 1, min_rows=4)
+    assert [lanes.worth(rows) for rows in (1, 7, 8, 100)] == [1, 1, 2, 2]
+    met = threading.Barrier(2)
+
+    def work(lane, item):
+        met.wait(timeout=10)  # passes only when two are at work at the same time
+        return lane, item, threading.current_thread().name
+
+    found = lanes.run(work, [1, 2, 3, 4])
+    assert [(lane, item) for lane, item, _ in found] == [(0, 1), (1, 2), (0, 3), (1, 4)]
+    assert len({name for _, _, name in found}) == 2
+    lanes.close()
+
+
+def test_an_error_in_a_lane_reaches_the_caller_when_all_have_ended():
+    lanes, ended = Lanes(2, 1, min_rows=1), []
+
+    def work(lane, item):
+        if item == "bad":
+            raise ValueError("in a lane")
+        ended.append(item)
+
+    with pytest.raises(ValueError, match="in a lane"):
+        lanes.run(work, ["bad", "good"])
+    assert ended == ["good"]
+    lanes.close()
+
+
+def test_a_machine_of_one_core_and_a_gpu_have_one_lane(monkeypatch):
+    assert lanes_for(torch.device("cuda")).count == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert lanes_for(torch.device("cpu")).count == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    lanes = lanes_for(torch.device("cpu"))
+    assert (lanes.count, lanes.threads_each) == (4, 4)
