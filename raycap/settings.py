@@ -25,7 +25,8 @@ class DataSettings:
     """What is captioned."""
 
     source: str = "shapes"
-    """`shapes` (built in), a folder in one of the layouts of docs/data.md, or a folder that `prepare` wrote."""
+    """`shapes` (built in), a folder in one of the layouts of docs/data.md, a folder that `prepare` wrote, or the url of
+    one (s3://..., gs://...)."""
     prompt: str = ""
     """Text put before the caption; its labels are masked."""
     max_text_tokens: int = 48

@@ -235,9 +235,10 @@ def open_file(place: Path | str) -> pa.NativeFile:
     return storage.filesystem.open_input_file(storage.root)
 
 
-def without_secret(url: str) -> str:
-    """A url fit to be shown: no key, no password, no query."""
-    return re.sub(r"//[^/@]*@", "//", url).partition("?")[0]
+def without_secret(place: Path | str) -> str:
+    """A path as it is; a url fit to be shown, without key, password and query."""
+    text = str(place)
+    return re.sub(r"//[^/@]*@", "//", text).partition("?")[0] if is_url(text) else text
 
 
 def _line(error: Any) -> str:

@@ -5,6 +5,9 @@ It holds `<split>-<number>.parquet`, `rejected.jsonl`, and `manifest.json`, whic
 
 from __future__ import annotations
 
+import hashlib
+import json
+import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -12,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raycap.data.sources.base import SPLITS
-from raycap.errors import DataError
-from raycap.files import read_json, sha256_file
+from raycap.errors import DataError, RunError
+from raycap.storage import Storage, is_url, join, open_file, without_secret
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,8 +33,6 @@ def schema(*, clip_scores: bool = False) -> pa.Schema:
 
     `clip_scores` adds the CLIPScore of each caption, and `selected`, the index of the one with the highest.
     """
-    import json
-
     import pyarrow as pa
 
     features = {
@@ -66,18 +67,19 @@ def schema(*, clip_scores: bool = False) -> pa.Schema:
 class Shards:
     """A finished shards folder. Rows of a split are numbered from 0 through its files in order."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]):
+    def __init__(self, folder: Path | str, manifest: dict[str, Any]):
         self.folder = folder
+        """A path, or the url of a storage as text."""
         self.manifest = manifest
         self.counts: dict[str, int] = manifest["counts"]
         self.splits: tuple[str, ...] = tuple(s for s in SPLITS if self.counts.get(s))
         self.content_sha256: str = manifest["content_sha256"]
         self._references: dict[str, dict[str, list[str]]] = {}
 
-    def files(self, split: str) -> list[Path]:
-        """The split's shards, in row order."""
+    def files(self, split: str) -> list[Path | str]:
+        """The split's shards, in row order: paths, or urls in a storage."""
         self._check(split)
-        return [self.folder / f["name"] for f in self.manifest["files"] if f["split"] == split]
+        return [_file(self.folder, f["name"]) for f in self.manifest["files"] if f["split"] == split]
 
     def row_groups(self, split: str) -> list[dict[str, Any]]:
         """Where the rows lie: {file, row_group, offset (row of the split), rows}, from the footers alone."""
@@ -86,12 +88,14 @@ class Shards:
         groups, offset = [], 0
         for file in self.files(split):
             try:
-                footer = pq.read_metadata(file)
+                with open_file(file) as opened:
+                    footer = pq.read_metadata(opened)
             except Exception as error:
                 raise DataError(damaged(file, None, error)) from error
             for number in range(footer.num_row_groups):
                 rows = footer.row_group(number).num_rows
-                groups.append({"file": str(file.resolve()), "row_group": number, "offset": offset, "rows": rows})
+                place = file if is_url(file) else str(Path(file).resolve())
+                groups.append({"file": place, "row_group": number, "offset": offset, "rows": rows})
                 offset += rows
         return groups
 
@@ -138,12 +142,17 @@ class Shards:
             DataError: a shard differs from what `prepare` wrote.
         """
         for entry in self.manifest["files"]:
-            if sha256_file(self.folder / entry["name"]) != entry["sha256"]:
-                raise DataError(f"{self.folder / entry['name']} is not what `prepare` wrote: its hash differs. {_REDO}")
+            file = _file(self.folder, entry["name"])
+            with open_file(file) as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            if found != entry["sha256"]:
+                raise DataError(f"{without_secret(file)} is not what `prepare` wrote: its hash differs. {_REDO}")
 
     def _check(self, split: str) -> None:
         if split not in self.splits:
-            raise DataError(f"{self.folder} has no rows in split '{split}'; it has {', '.join(self.splits)}")
+            raise DataError(
+                f"{without_secret(self.folder)} has no rows in split '{split}'; it has {', '.join(self.splits)}"
+            )
 
 
 _REDO = "Remove the folder and prepare again."
@@ -155,29 +164,36 @@ def open_shards(folder: Path | str) -> Shards:
     Raises:
         DataError: no manifest (unfinished), another schema, or a shard that is missing or cut.
     """
-    folder = Path(folder)
+    said = without_secret(folder)
+    storage = Storage.open(folder)
+    folder = storage.local or str(folder)
     try:
-        manifest = read_json(folder / MANIFEST)
-    except FileNotFoundError as error:
-        raise DataError(f"{folder} has no {MANIFEST}: it is not a shards folder, or `prepare` did not finish it. "
-                        "Run `raycap prepare` again.") from error  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / MANIFEST} cannot be read: {error}. {_REDO}") from error
+        raw = storage.get(MANIFEST)
+        manifest = None if raw is None else json.loads(raw)
+    except (RunError, ValueError) as error:
+        raise DataError(f"{said}/{MANIFEST} cannot be read: {error}. {_REDO}") from error
+    if raw is None:
+        raise DataError(f"{said} has no {MANIFEST}: it is not a shards folder, or `prepare` did not finish it. "
+                        "Run `raycap prepare` again.")  # fmt: skip
     if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
         found = manifest.get("schema_version") if isinstance(manifest, dict) else type(manifest).__name__
-        raise DataError(f"{folder / MANIFEST} has schema version {found}, this raycap reads {SCHEMA_VERSION}. {_REDO}")
+        raise DataError(f"{said}/{MANIFEST} has schema version {found}, this raycap reads {SCHEMA_VERSION}. {_REDO}")
     for entry in manifest["files"]:
-        file = folder / entry["name"]
-        size = file.stat().st_size if file.is_file() else None
+        size = storage.size(entry["name"])
         if size != entry["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes, the manifest says {entry['bytes']}"
-            raise DataError(f"shard {file} {found}. {_REDO}")
+            raise DataError(f"shard {said}/{entry['name']} {found}. {_REDO}")
     return Shards(folder, manifest)
 
 
-def is_shards_folder(path: Path | str) -> bool:
-    """Whether `path` holds a manifest of shards (finished)."""
-    return (Path(path) / MANIFEST).is_file() and any(Path(path).glob("*-*.parquet"))
+def is_shards_folder(place: Path | str) -> bool:
+    """Whether the path or url `place` holds a manifest of shards (finished)."""
+    storage = Storage.open(place)
+    return storage.has(MANIFEST) and any("-" in file and file.endswith(".parquet") for file in storage.files())
+
+
+def _file(folder: Path | str, name: str) -> Path | str:
+    return join(folder, name) if is_url(folder) else Path(folder) / name
 
 
 def read_row_group(group: dict[str, Any], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -189,9 +205,14 @@ def read_row_group(group: dict[str, Any], columns: Sequence[str] | None = None) 
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(group["file"]) as file:
+        with open_file(group["file"]) as opened, pq.ParquetFile(opened) as file:
             table = file.read_row_group(group["row_group"], columns=list(columns) if columns else None)
             rows = table.to_pylist()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"shard {without_secret(group['file'])} is not there on node {socket.gethostname()}. Put data.source or "
+            "run.cache_dir on a path that every node of the cluster sees, or set run.storage."
+        ) from error
     except Exception as error:
         # pyarrow raises ArrowInvalid, OSError, and others, for damaged bytes.
         raise DataError(damaged(group["file"], group["row_group"], error)) from error
@@ -204,6 +225,7 @@ def read_row_group(group: dict[str, Any], columns: Sequence[str] | None = None) 
 
 def damaged(file: Path | str, row_group: int | None, error: object) -> str:
     """The sentence for a shard that cannot be read."""
+    file = without_secret(file)
     place = "its footer" if row_group is None else f"row group {row_group}"
     kind = f"{type(error).__name__}: " if isinstance(error, Exception) else ""
     return f"shard {file}, {place}, is damaged ({kind}{' '.join(str(error).split())}). {_REDO}"

@@ -32,6 +32,7 @@ from raycap.data.sources import SPLITS, Rejected, Source, SourceRow, detect, ope
 from raycap.data.splits import assign_splits, resampling_groups
 from raycap.errors import ConfigError, DataError, RunError
 from raycap.files import sha256_file, sha256_json, write_json, write_jsonl
+from raycap.storage import is_url, without_secret
 
 __all__ = ["Manifest", "Progress", "Shards", "is_shards_folder", "open_shards", "prepare", "prepare_if_needed"]
 
@@ -78,19 +79,23 @@ def prepare(config: Config, out: Path | str, progress: Progress | None = None) -
         RunError: `out` cannot be written, or holds files that are not shards.
     """
     out = Path(out)
-    if is_shards_folder(Path(config.data.source).expanduser()):
-        raise DataError(f"data.source={config.data.source} is prepared already; use it as it is")
+    if is_url(config.data.source) or is_shards_folder(Path(config.data.source).expanduser()):
+        raise DataError(f"data.source={without_secret(config.data.source)} is prepared already; use it as it is")
     source = open_source(config.data, config.run.seed)
     _check_empty(out)
     with FileLock(out / _LOCK):
         return _prepare(config, source, out, progress)
 
 
-def prepare_if_needed(config: Config, progress: Progress | None = None) -> Path:
-    """The shards of `config.data.source`: itself when it is a shards folder, else prepared once under the cache.
+def prepare_if_needed(config: Config, progress: Progress | None = None) -> Path | str:
+    """The shards of `config.data.source`: itself when it is a shards folder (a path, or a url of one that `prepare`
+    wrote), else prepared once under the cache.
 
     The cache's folder is named by settings and content, so that a changed source is prepared again.
     """
+    if is_url(config.data.source):
+        _check_limit(config, found := open_shards(config.data.source))
+        return found.folder
     given = Path(config.data.source).expanduser()
     if is_shards_folder(given) or (given / REJECTED).is_file():  # rejected.jsonl alone: `prepare` did not finish
         _check_limit(config, open_shards(given))
@@ -346,7 +351,7 @@ def _check_limit(config: Config, shards: Shards) -> None:
     limit = config.data.limit
     if limit and max(shards.counts.values()) > limit:
         raise ConfigError(
-            f"data.limit={limit} has no effect on {shards.folder}, which is prepared already ({shards.counts}): "
+            f"data.limit={limit} has no effect on {without_secret(shards.folder)}, which is prepared already ({shards.counts}): "
             "set it when preparing, or give the source itself"
         )
 
