@@ -67,6 +67,7 @@ def compare(runs: list[Run], split: str, variant: str | None, resamples: int, se
     import numpy as np
 
     from raycap.evaluate.cider import CiderScorer
+    from raycap.evaluate.comparisons import holm
     from raycap.evaluate.significance import paired_bootstrap
 
     variant = variant or _shared_variant(runs, split)
@@ -106,16 +107,6 @@ def compare(runs: list[Run], split: str, variant: str | None, resamples: int, se
         "signature": scorer.signature,
         "warnings": _warnings(runs, rows, shared, groups is not None),
     }
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """p-values by Holm's step-down rule (1979): below 0.05 after it, at most 5 % of such families err at all."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    adjusted, floor = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = floor
-    return adjusted
 
 
 def _shared_variant(runs: list[Run], split: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raycap.evaluate.cider import CiderScorer
     from raycap.evaluate.collapse import collapse as detect_collapse
+    from raycap.evaluate.comparisons import not_separable, setting_bootstrap
     from raycap.evaluate.metrics import Score, Scores, score
     from raycap.evaluate.significance import Verdict, paired_bootstrap, standard_error
 
@@ -17,8 +18,10 @@ _WHERE = {
     "Scores": "metrics:Scores",
     "Verdict": "significance:Verdict",
     "detect_collapse": "collapse:collapse",
+    "not_separable": "comparisons:not_separable",
     "paired_bootstrap": "significance:paired_bootstrap",
     "score": "metrics:score",
+    "setting_bootstrap": "comparisons:setting_bootstrap",
     "standard_error": "significance:standard_error",
 }
 __all__ = [
@@ -27,8 +30,10 @@ __all__ = [
     "Scores",
     "Verdict",
     "detect_collapse",
+    "not_separable",
     "paired_bootstrap",
     "score",
+    "setting_bootstrap",
     "standard_error",
 ]
 

@@ -57,17 +57,42 @@ def paired_bootstrap(
         raise DataError(f"{bad} of {len(a)} images have a score that is not a number")
     if resamples < 1:
         raise DataError(f"resamples={resamples}: at least 1 is needed, 10000 is usual")
-    sums, counts = _by_group(b - a, groups)
+    sums, counts = by_group(b - a, groups)
     difference = float(sums.sum() / counts.sum())
     if len(sums) < 2:
         said = f"{names[0]} and {names[1]} cannot be told apart: all images are of one group"
         return Verdict(difference, -math.inf, math.inf, 1.0, len(a), len(sums), resamples, said)
     drawn = _resample(sums, counts, resamples, np.random.default_rng(seed))
-    low, high = (float(q) for q in np.quantile(drawn, (0.025, 0.975)))
-    beyond = 2 * min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
-    p = min(1.0, (1 + beyond) / (resamples + 1))
-    said = _sentence(difference, low, high, float(drawn.std()), len(a), names, metric)
-    return Verdict(difference, low, high, p, len(a), len(sums), resamples, said)
+    return verdict_of(drawn, difference, len(a), len(sums), names, metric)
+
+
+def verdict_of(
+    drawn: np.ndarray,
+    difference: float,
+    images: int,
+    groups: int,
+    names: tuple[str, str],
+    metric: str,
+    *,
+    symmetric: bool = False,
+) -> Verdict:
+    """What resampled differences [B] say: their 95 % interval, the p-value, the sentence.
+
+    `symmetric` takes the 95 % point of the distance from `difference`, on both sides: for draws whose tails count.
+    """  # fmt: skip
+    resamples = len(drawn)
+    if symmetric:
+        apart = np.abs(drawn - difference)
+        half = float(np.quantile(apart, 0.95))
+        low, high = difference - half, difference + half
+        p = (1 + int((apart >= abs(difference)).sum())) / (resamples + 1)
+        error = half / _NORMAL_95
+    else:
+        low, high = (float(q) for q in np.quantile(drawn, (0.025, 0.975)))
+        beyond = 2 * min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+        p, error = min(1.0, (1 + beyond) / (resamples + 1)), float(drawn.std())
+    said = _sentence(difference, low, high, error, images, names, metric)
+    return Verdict(difference, low, high, p, images, groups, resamples, said)
 
 
 def standard_error(per_image: Sequence[float] | np.ndarray, groups: Sequence[Any] | np.ndarray | None = None) -> float:
@@ -75,7 +100,7 @@ def standard_error(per_image: Sequence[float] | np.ndarray, groups: Sequence[Any
     values = np.asarray(per_image, dtype=float)
     if not len(values):
         return math.nan
-    sums, counts = _by_group(values, groups)
+    sums, counts = by_group(values, groups)
     many = len(sums)
     if many < 2:
         return math.nan
@@ -83,7 +108,7 @@ def standard_error(per_image: Sequence[float] | np.ndarray, groups: Sequence[Any
     return float(math.sqrt(many / (many - 1) * float((apart**2).sum())) / len(values))
 
 
-def _by_group(values: np.ndarray, groups: Sequence[Any] | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def by_group(values: np.ndarray, groups: Sequence[Any] | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Sum and size of each group."""
     if groups is None:
         return values, np.ones(len(values))

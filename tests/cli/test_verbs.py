@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from raycap.cli import main
-from raycap.cli.compare import holm
 from raycap.config import load_config
 from raycap.report.ledger import Ledger
 
@@ -189,12 +188,6 @@ def test_evaluate_prints_scores_with_their_signatures(pipeline, run_folder, caps
     assert "0.5000" in out and "cider|x" in out and "7 images" in out
     assert main(["evaluate", str(run_folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == answer
-
-
-def test_holm():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9]) == [0.9]
-    assert holm([0.6, 0.6]) == [1.0, 1.0]
 
 
 def test_compare_on_shared_pictures(tmp_path, capsys):
