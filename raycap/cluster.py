@@ -12,6 +12,7 @@ from types import ModuleType
 
 from raycap.config import Config
 from raycap.errors import RunError
+from raycap.stop import hold_signals
 
 NAMESPACE = "raycap"
 """Ray namespace of the named actors, so that tools can find them by name."""
@@ -81,6 +82,10 @@ def connect(
     except (ConnectionError, RuntimeError, OSError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "a local Ray"
         raise RunError(f"cannot start or reach {where}: {error}") from error
+    except KeyboardInterrupt:
+        ray.shutdown()  # what has started of it
+        raise
+    hold_signals()  # ray.init set a SIGTERM handler that ends the process before a run can note why
     for name in ("ray.tune", "ray.train", "ray.data", "ray.air"):
         logging.getLogger(name).setLevel(logging.ERROR)
     global _private

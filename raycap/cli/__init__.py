@@ -17,6 +17,7 @@ from types import ModuleType
 from raycap import __version__
 from raycap.cli.common import Parser
 from raycap.errors import RaycapError, UsageError, did_you_mean
+from raycap.stop import Stopped, stoppable
 
 VERBS: dict[str, str] = {
     "doctor": "raycap.cli.doctor",
@@ -48,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except RaycapError as error:
         return _fail(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        how = f"{error}. " if isinstance(error, Stopped) else ""
+        print(f"interrupted: {how}The same command begins anew.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output left, as `head` does. What is still buffered must not raise again at exit.
@@ -85,7 +87,8 @@ def _run(arguments: list[str]) -> int:
     verb = load_verb(arguments[0])
     parser = Parser(prog=f"raycap {verb.NAME}", description=verb.HELP, examples=getattr(verb, "EXAMPLES", ""))
     verb.add_arguments(parser)
-    return verb.run(parser.read(arguments[1:])) or 0
+    with stoppable():
+        return verb.run(parser.read(arguments[1:])) or 0
 
 
 def _root_parser() -> Parser:

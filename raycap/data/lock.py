@@ -1,9 +1,10 @@
-"""A file lock between processes of one node, let go by the system when its holder dies."""
+"""A file lock between processes, let go by the system when its holder dies, however it dies."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from raycap.errors import RunError
 
 
 class FileLock:
-    """An exclusive lock on `path`; as a context it waits for its turn."""
+    """An exclusive lock on `path`; as a context it waits for its turn. The file says who holds it."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -20,6 +21,14 @@ class FileLock:
     @property
     def held(self) -> bool:
         return self._handle is not None
+
+    @property
+    def holder(self) -> str:
+        """Who has it, or had it last: `process 123 on host`."""
+        try:
+            return self.path.read_text(encoding="utf-8").strip() or "another process"
+        except (OSError, ValueError):
+            return "another process"
 
     def try_acquire(self) -> bool:
         """Take the lock if nobody holds it; never waits.
@@ -42,6 +51,11 @@ class FileLock:
             os.close(handle)
             return False
         self._handle = handle
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        except OSError:
+            pass  # a full disk: the lock holds without its note
         return True
 
     def acquire(self, poll_s: float = 0.1) -> None:

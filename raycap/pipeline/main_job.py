@@ -9,8 +9,8 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,10 @@ from raycap.cluster import connect
 from raycap.config import Config
 from raycap.errors import GateError, Interrupted, RaycapError, RunError
 from raycap.files import atomic_folder, sha256_folder
-from raycap.pipeline.remote import in_worker, terminable
+from raycap.pipeline.remote import in_worker
 from raycap.pipeline.verbs import caption_through, stay
 from raycap.pipeline.verdicts import ranked, verdicts
+from raycap.stop import Stopped, resume_command, stoppable
 
 if TYPE_CHECKING:
     from raycap.data.shards import Shards
@@ -61,21 +62,21 @@ def sweep(
         Ledger.reopen(config.run.dir, config, command=command) if resume else Ledger.create(config, command=command)
     )
     with (
+        stoppable(),
         ledger,
         Progress(f"{config.run.name} · {ledger.folder}", steps=config.train.steps, plain=plain) as progress,
         MemoryMeter() as memory,
     ):
         run = _Run(config, ledger, progress, memory)
         try:
-            with terminable():
-                run.work(resume=resume, keep_serving=keep_serving)
-        except KeyboardInterrupt:
-            stopped = Interrupted("stopped by Ctrl-C")
+            run.work(resume=resume, keep_serving=keep_serving)
+        except KeyboardInterrupt as error:
+            stopped = _interrupted(error, ledger.folder)
             run.end("interrupted", stopped)
-            raise Interrupted(f"{stopped.message}. {_how_to_resume(ledger.folder)}") from None
+            raise stopped from None
         except Interrupted as error:
             run.end("interrupted", error)
-            raise Interrupted(f"{error.message} {_how_to_resume(ledger.folder)}") from error
+            raise
         except RaycapError as error:
             run.end("failed", error)
             raise
@@ -96,7 +97,7 @@ class _Run:
 
     def work(self, *, resume: bool, keep_serving: bool) -> None:
         shards = self._prepare()
-        with connect(self.config) as ray:
+        with connect(self.config) as ray, self._noting():
             found = self._sweep(shards, resume)
             exported = self._export(ray, shards, found)
             if exported["refused"]:
@@ -260,6 +261,18 @@ class _Run:
         self.memory.sample()
         self.ledger.finish(status, peak_memory_bytes=self.memory.peak_bytes, **{**self.facts, **more})
 
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Note an interruption before Ray is taken down, which takes longer than `ray job stop` has patience."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            self.end("interrupted", _interrupted(error, self.folder))
+            raise
+        except Interrupted as error:
+            self.end("interrupted", error)
+            raise
+
     def end(self, status: str, error: RaycapError) -> None:
         """Note a run that did not finish, without hiding why behind a second error."""
         try:
@@ -299,5 +312,6 @@ def _worst(found: Any, select_by: str) -> str | None:
     return order[-1] if len(order) > 1 else None
 
 
-def _how_to_resume(folder: Path) -> str:
-    return f"Go on with: raycap sweep --resume {folder}"
+def _interrupted(error: KeyboardInterrupt, folder: Path) -> Interrupted:
+    how = error.name if isinstance(error, Stopped) else "Ctrl-C"
+    return Interrupted(f"stopped by {how}; nothing that was done is lost. Go on with: {resume_command(folder)}")

@@ -1,17 +1,14 @@
-"""Work that holds a model, run in a Ray worker; signals that end a stage."""
+"""Work that holds a model, run in a Ray worker."""
 
 from __future__ import annotations
 
-import signal
-import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from raycap.cluster import usable_cores
-from raycap.errors import Interrupted, RaycapError, RunError
+from raycap.errors import RaycapError, RunError
 
 
 def in_worker(
@@ -58,20 +55,3 @@ def _logged(work: Callable[..., Any], log: str, arguments: tuple[Any, ...], opti
     except Exception:
         say(traceback.format_exc())
         raise
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM ends a stage as Ctrl-C does (`ray job stop` sends it)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name}.")
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raycap.cluster import connect
 from raycap.config import Config
-from raycap.errors import Interrupted
-from raycap.pipeline.remote import terminable
+from raycap.stop import stoppable
 
 if TYPE_CHECKING:
     from raycap.data.shards import Shards
@@ -93,7 +92,7 @@ def serve(config: Config, model: Path, *, plain: bool = False) -> None:
 
     with Progress(f"serve · {model}", plain=plain, phases=("serve",)) as progress:
         progress.phase("serve", "starting Ray Serve")
-        with terminable(), connect(config), serving(config, model) as served:
+        with stoppable(), connect(config), serving(config, model) as served:
             stay(progress, served)
 
 
@@ -120,5 +119,5 @@ def stay(progress: Progress, served: Any) -> None:
     try:
         while True:
             time.sleep(1)
-    except (KeyboardInterrupt, Interrupted):
+    except KeyboardInterrupt:
         pass

@@ -308,6 +308,6 @@ def _hold(folder: Path) -> FileLock:
     lock = FileLock(folder / LOCK)
     if not lock.try_acquire():
         raise RunError(
-            f"another process works on {folder}: wait for it, stop it, or choose another folder with run.dir=..."
+            f"{folder} is in use by {lock.holder}: wait for it to end, stop it, or choose another folder with run.dir=..."
         )
     return lock

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +18,7 @@ from raycap.config import Config
 from raycap.data.lock import FileLock
 from raycap.errors import Interrupted, RunError
 from raycap.files import read_json, write_json
+from raycap.stop import Stop, resume_command, stoppable
 from raycap.train.record import TrialRecord
 from raycap.tune.actor import read_records
 from raycap.tune.launch import STOPPING, Worker, pack_worker, tune_worker
@@ -106,6 +104,7 @@ class _Sweep:
         from raycap.tune.actor import BoardActor
 
         self.ray, self.config, self.run_dir, self.ledger = ray, config, run_dir, ledger
+        self.signals = Stop()
         packs = config.tune.packs
         clients = min(packs * CLIENTS, len(trials))
         resources = pack_resources(ray, packs, clients)
@@ -149,7 +148,7 @@ class _Sweep:
         last: dict[str, Any] = {}
         written = ""
         try:
-            with _signals() as signals:
+            with stoppable() as self.signals, self.signals.gently() as signals:
                 while True:
                     last = self._look(signals) or last
                     up = len(last["packs"]) >= wanted if last else False
@@ -159,15 +158,17 @@ class _Sweep:
                     if on_progress:
                         on_progress(last)
                     if signals.count:
-                        self._stop(signals)
+                        self._stop(signals, last, on_progress)
                     self._check(last)
                     if last["finished"] and not any(pack.is_alive() for pack in self.packs):
                         return last
                     signals.wait(WATCH_S)
+        except KeyboardInterrupt:
+            raise self._interrupted(whole=False) from None
         finally:
             self._end()
 
-    def _look(self, signals: _Signals) -> dict[str, Any] | None:
+    def _look(self, signals: Stop) -> dict[str, Any] | None:
         """The board's snapshot; None when a signal came while it was silent.
 
         Every call has a time-out: a signal that takes Ray's own processes down with us must not leave us waiting.
@@ -209,64 +210,41 @@ class _Sweep:
             write_json(self.run_dir / "checkpoints" / "trials.json", {"trials": last["trials"]})
         return rows
 
-    def _stop(self, signals: _Signals) -> None:
-        """First signal: packs write a checkpoint and return. Second: leave at once."""
+    def _stop(self, signals: Stop, last: dict[str, Any], on_progress: Callable[[dict[str, Any]], None] | None) -> None:
+        """After the first signal: packs write a checkpoint and return. The second one raises from wherever we are."""
         deadline, whole = time.monotonic() + STOP_WAIT_S, False
+        said = f"{signals.name}: the packs write their checkpoints; once more stops at once"
         try:
-            self.ray.get(self.board.stop.remote(), timeout=CALL_TIMEOUT_S)
-            while signals.count < 2 and not whole and time.monotonic() < deadline:
+            if on_progress and last:
+                on_progress({**last, "notes": [*last["notes"], said]})
+            while not whole and time.monotonic() < deadline:
+                # Said again each time: a board that was killed meanwhile has forgotten it.
+                self.ray.get(self.board.stop.remote(), timeout=CALL_TIMEOUT_S)
                 signals.wait(0.1)
                 last = self.ray.get(self.board.snapshot.remote(), timeout=CALL_TIMEOUT_S)
                 self._write_trials(last, "")
                 whole = all(pack["bye"] for pack in last["packs"].values())
         except self.ray.exceptions.RayError:
             pass  # Ray was told to end together with us; the last checkpoint is what there is
+        raise self._interrupted(whole)
+
+    def _interrupted(self, whole: bool) -> Interrupted:
         how = "every running trial is checkpointed" if whole else "what was not checkpointed yet will be trained again"
-        raise Interrupted(f"stopped by {signals.name}; {how}. Go on with the same command and --resume.")
+        return Interrupted(f"stopped by {self.signals.name}; {how}. Go on with: {resume_command(self.run_dir)}")
 
     def _end(self) -> None:
+        """Take down what was started; when a person waits for it, without waiting for Ray's own housekeeping."""
         STOPPING.add(self.name)
         try:
-            self.ray.get(self.board.stop.remote(), timeout=5)
-            for worker in (self.tune, *self.packs):
-                if worker.ident:
-                    worker.join(timeout=5)
+            if self.signals.count < 2:
+                self.ray.get(self.board.stop.remote(), timeout=5)
+                deadline = time.monotonic() + (1 if self.signals.count else 10)
+                for worker in (self.tune, *self.packs):
+                    if worker.ident:
+                        worker.join(timeout=max(0.0, deadline - time.monotonic()))
             self.ray.kill(self.board)
-        except Exception:  # on the way out: the first error, or the result, is what counts
+        except (Exception, KeyboardInterrupt):  # on the way out: the first error, or the result, is what counts
             pass
-
-
-class _Signals:
-    """SIGINT and SIGTERM, counted while a sweep runs."""
-
-    def __init__(self):
-        self.count = 0
-        self.name = ""
-        self._woken = threading.Event()
-
-    def take(self, number: int, frame: Any) -> None:
-        self.count += 1
-        self.name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self._woken.set()
-
-    def wait(self, seconds: float) -> None:
-        self._woken.wait(seconds)
-        self._woken.clear()
-
-
-@contextmanager
-def _signals() -> Iterator[_Signals]:
-    """Count signals instead of dying of them; outside the main thread there are none to count."""
-    found = _Signals()
-    if threading.current_thread() is not threading.main_thread():
-        yield found
-        return
-    before = {number: signal.signal(number, found.take) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield found
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -277,18 +255,11 @@ def run_lock(run_dir: Path | str) -> Iterator[None]:
         RunError: another driver has it, or the folder cannot be written.
     """
     lock = FileLock(Path(run_dir) / "checkpoints" / "driver.lock")
-    holder = lock.path.with_suffix(".json")
     if not lock.try_acquire():
-        who = read_json(holder) if holder.is_file() else {}
-        raise RunError(
-            f"{run_dir} is in use by process {who.get('pid', '?')} on {who.get('host', '?')}. "
-            "Wait for it to end, or choose another run.dir."
-        )
+        raise RunError(f"{run_dir} is in use by {lock.holder}. Wait for it to end, or choose another run.dir.")
     try:
-        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
         yield
     finally:
-        holder.unlink(missing_ok=True)
         lock.release()
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -95,7 +96,7 @@ def test_an_interrupted_run_goes_on_and_keeps_its_first_entry(config):
 
 def test_two_processes_never_work_on_one_folder(config):
     with Ledger.create(config) as ledger:
-        with pytest.raises(RunError, match="another process"):
+        with pytest.raises(RunError, match=f"in use by process {os.getpid()} on"):
             Ledger.reopen(ledger.folder, config)
     Ledger.reopen(ledger.folder, config).close()
 
