@@ -176,8 +176,7 @@ def check(config: Config) -> None:
         raise ConfigError(f"train.warmup_steps={c.train.warmup_steps} leaves nothing of train.steps={c.train.steps}")
     if c.train.batch % c.train.accumulation:
         raise ConfigError(f"train.accumulation={c.train.accumulation} does not divide train.batch={c.train.batch}")
-    if len(c.data.splits) != 3 or min(c.data.splits) < 0 or abs(sum(c.data.splits) - 1) > 1e-6:
-        raise ConfigError(f"data.splits={list(c.data.splits)} must be three shares (train, val, test) that sum to 1")
+    _check_splits(c.data.splits)
     if len(c.data.shapes_images) != 3 or min(c.data.shapes_images) < 1:
         raise ConfigError(
             f"data.shapes_images={list(c.data.shapes_images)} must be three counts of at least 1 (train, val, test)"
@@ -202,6 +201,16 @@ def check(config: Config) -> None:
         raise ConfigError(f"decode.length_penalty={c.decode.length_penalty} has no effect with decode.num_beams=1")
     if c.model.materialise and c.model.quantisation == "none":
         raise ConfigError("model.materialise has no effect with model.quantisation=none")
+
+
+def _check_splits(splits: Sequence[float]) -> None:
+    given = [int(n) if n == int(n) else n for n in splits]
+    shares = len(splits) == 3 and min(splits) >= 0 and abs(sum(splits) - 1) <= 1e-6
+    counts = len(splits) == 3 and min(splits) >= 1 and max(splits) > 1 and all(n == int(n) for n in splits)
+    if not shares and not counts:
+        raise ConfigError(
+            f"data.splits={given} must be three shares (train, val, test) that sum to 1, or three counts of rows"
+        )
 
 
 def _positive(key: str, value: float) -> None:

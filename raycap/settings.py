@@ -25,8 +25,16 @@ class DataSettings:
     """What is captioned."""
 
     source: str = "shapes"
-    """`shapes` (built in), a folder in one of the layouts of docs/data.md, a folder that `prepare` wrote, or the url of
-    one (s3://..., gs://...)."""
+    """`shapes` (built in), a folder or file in one of the layouts of docs/data.md, a hub data set's id (`owner/name`, with
+    `@revision` and `:configuration` where wanted), a folder that `prepare` wrote, or the url of one (s3://, gs://)."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """The set's own names for `image`, `captions` (or a list of columns), `split`, `image_id`, `group` and `lang`."""
+    images: str = ""
+    """Where the images lie when they are not beside the captions."""
+    lang: str = ""
+    """Language of captions whose source names none; empty: `ja` where they are written in kana, else `en`."""
+    report: Literal["auto", "findings", "impression", "both"] = "auto"
+    """What of an X-ray report is the caption; auto: both sections of an XML report, whatever annotation.json holds."""
     prompt: str = ""
     """Text put before the caption; its labels are masked."""
     max_text_tokens: int = 48
@@ -35,7 +43,9 @@ class DataSettings:
     """Which captions of an image are trained on: each as a sample of its own, or one an image: the first, another one
     each epoch, the one with the highest CLIPScore, or one each epoch with a chance proportional to its CLIPScore."""
     splits: tuple[float, ...] = (0.8, 0.1, 0.1)
-    """Shares of train, val, test for images that name no split, drawn by group."""
+    """Shares of train, val, test for images that name no split, drawn by group; or counts, such as 560,70,70."""
+    missing_splits: Literal["refuse", "draw"] = "refuse"
+    """draw: where a set names its splits and has no test (val), half of val (a share of train) becomes it, by group."""
     shapes_images: tuple[int, ...] = (1500, 256, 256)
     """Sizes of train, val and test of the built-in shapes set."""
     rows_per_shard: int = 256

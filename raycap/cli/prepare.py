@@ -23,7 +23,7 @@ What is dropped is in my-shards/rejected.jsonl with its reason. Layouts of an im
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="PRESET|FOLDER", help="an image set's folder, or a preset with data.source")
+    parser.add_argument("source", metavar="PRESET|SET", help="an image set: folder, file or hub id; or a preset")
     add_settings(parser)
     parser.add_argument("--out", metavar="FOLDER", required=True, help="where the shards go; new, or an unfinished one")
     add_plain(parser)
@@ -56,7 +56,12 @@ def source_config(source: str, settings: list[str]) -> Config:
     """Settings that prepare a preset's data or, by the defaults, a folder."""
     if source in preset_names() or source.endswith((".yaml", ".yml")):
         return load_config(source, settings)
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise UsageError(f"'{source}' is neither a folder nor a preset; {did_you_mean(source, preset_names())}")
-    return load_config("shapes-git", [f"run.name={folder.name}", f"data.source={folder}", *settings])
+    place = Path(source).expanduser()
+    if not place.exists():
+        from raycap.data.sources.hub import is_hub_id
+
+        if not is_hub_id(source):
+            raise UsageError(
+                f"'{source}' is neither a folder, a file nor a preset; {did_you_mean(source, preset_names())}"
+            )
+    return load_config("shapes-git", [f"run.name={place.name}", f"data.source={place}", *settings])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raycap.config import Config
+from raycap.config import Config, DataSettings
 from raycap.data.clean import MAX_ASPECT, MAX_IMAGE_PX, MIN_SIDE_PX, RULES, BadImage, check_image, clean_caption
 from raycap.data.lock import FileLock
 from raycap.data.parquet import (
@@ -29,7 +29,7 @@ from raycap.data.parquet import (
     schema,
 )
 from raycap.data.sources import SPLITS, Rejected, Source, SourceRow, detect, open_source
-from raycap.data.splits import assign_splits, resampling_groups
+from raycap.data.splits import are_counts, assign_splits, fill_missing, resampling_groups
 from raycap.errors import ConfigError, DataError, RunError
 from raycap.files import sha256_file, sha256_json, write_json, write_jsonl
 from raycap.storage import is_url, without_secret
@@ -201,9 +201,15 @@ def _splits(config: Config, source: Source, checked: _Checked) -> list[str]:
         first = next((f"; the first: {r.where}: {r.error}" for r in checked.rejected), "")
         counted = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "it has no rows"
         raise DataError(f"nothing is left of {source.title}: {checked.read} rows read ({counted}){first}")
-    splits = assign_splits(
-        [(r.source.image_id, r.source.group, r.source.split) for r in checked.rows], config.data.splits, config.run.seed
-    )
+    shares, seed = config.data.splits, config.run.seed
+    named = {r.source.split for r in checked.rows}
+    if are_counts(shares) and "" not in named:
+        raise ConfigError(f"data.splits={list(shares)} has no effect on {source.title}: every row names its split")
+    splits = assign_splits([(r.source.image_id, r.source.group, r.source.split) for r in checked.rows], shares, seed)
+    if config.data.missing_splits == "draw":
+        if set(SPLITS) <= set(splits):
+            raise ConfigError(f"data.missing_splits=draw has no effect on {source.title}: no split is missing")
+        splits = fill_missing([(r.source.image_id, r.source.group) for r in checked.rows], splits, shares, seed)
     counts = Counter(splits)
     for split in SPLITS:
         if not counts[split]:
@@ -213,17 +219,20 @@ def _splits(config: Config, source: Source, checked: _Checked) -> list[str]:
                 shares = list(config.data.splits)
                 remedy = f"{drawn} rows were drawn by data.splits={shares}, whole groups at a time: give more rows"
             else:
-                remedy = f"every row names its split: name '{split}' too, or none, to have them drawn by data.splits"
+                remedy = (
+                    f"every row names its split: name '{split}' too, or none, to have them drawn by data.splits; "
+                    "data.missing_splits=draw takes it from another split"
+                )
             raise DataError(f"split '{split}' of {source.title} has no rows ({have}); {remedy}")
     return splits
 
 
 def _limited(checked: _Checked, splits: list[str], limit: int) -> list[int]:
-    """Indices of the rows to write: the first `limit` of each split (0: all)."""
+    """Indices of the rows to write: the first `limit` of each split (0: all), and none beyond data.splits' counts."""
     taken: Counter[str] = Counter()
     kept = []
     for i, split in enumerate(splits):
-        if limit and taken[split] >= limit:
+        if not split or (limit and taken[split] >= limit):
             checked.beyond_limit += 1
         else:
             taken[split] += 1
@@ -284,6 +293,9 @@ def _settings(config: Config) -> dict[str, Any]:
     chosen = {"splits": list(data.splits), "limit": data.limit, "rows_per_shard": data.rows_per_shard}
     if data.source == "shapes":
         chosen["shapes_images"] = list(data.shapes_images)
+    reading = {"columns": dict(data.columns), "lang": data.lang, "report": data.report,
+               "missing_splits": data.missing_splits}  # fmt: skip
+    chosen |= {name: value for name, value in reading.items() if value != getattr(DataSettings(), name)}
     return {**chosen, "seed": config.run.seed, "row_group_rows": ROW_GROUP_ROWS, "schema_version": SCHEMA_VERSION}
 
 

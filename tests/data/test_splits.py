@@ -2,7 +2,8 @@ from collections import Counter
 
 import pytest
 
-from raycap.data.splits import assign_splits, draw_splits, resampling_groups
+from raycap.data.splits import assign_splits, draw_splits, fill_missing, resampling_groups
+from raycap.errors import DataError
 
 SHARES = (0.8, 0.1, 0.1)
 
@@ -65,3 +66,34 @@ def test_rows_that_say_the_same_are_resampled_together():
 def test_resampling_groups_do_not_cross_splits():
     rows = [("a", "", ["same"]), ("b", "", ["same"]), ("c", "", ["same"])]
     assert resampling_groups(rows, ["train", "test", "test"]) == ["a", "b", "b"]
+
+
+def test_counts_take_that_many_rows_and_leave_the_rest():
+    groups = [f"g{i}" for i in range(833)]
+    drawn = draw_splits(groups, (560, 70, 70), seed=0)
+    assert Counter(drawn.values()) == {"train": 560, "val": 70, "test": 70, "": 133}
+    assert draw_splits(groups[::-1], (560, 70, 70), seed=0) == drawn != draw_splits(groups, (560, 70, 70), seed=1)
+    with pytest.raises(DataError, match=r"asks for 700 rows, and 600 rows"):
+        draw_splits(groups[:600], (560, 70, 70), seed=0)
+
+
+def test_counts_keep_groups_whole():
+    groups = [f"g{i // 3}" for i in range(60)]
+    drawn = draw_splits(groups, (30, 9, 10), seed=0)
+    assert Counter(drawn[g] for g in groups) == {"train": 30, "val": 9, "test": 9, "": 12}
+
+
+def test_a_missing_test_is_half_of_val():
+    rows = [(f"i{i}", f"s{i // 2}" if i >= 20 else "") for i in range(60)]
+    splits = ["train"] * 20 + ["val"] * 40
+    found = fill_missing(rows, splits, SHARES, seed=0)
+    assert found[:20] == ["train"] * 20 and Counter(found) == {"train": 20, "val": 20, "test": 20}
+    assert all(found[i] == found[i + 1] for i in range(20, 60, 2))  # by whole groups
+    assert fill_missing(rows, splits, SHARES, seed=0) == found != fill_missing(rows, splits, SHARES, seed=1)
+
+
+def test_a_missing_val_comes_from_train():
+    rows = [(f"i{i}", "") for i in range(100)]
+    found = fill_missing(rows, ["train"] * 90 + ["test"] * 10, (0.8, 0.1, 0.1), seed=0)
+    assert Counter(found) == {"train": 80, "val": 10, "test": 10} and found[90:] == ["test"] * 10
+    assert Counter(fill_missing(rows, ["train"] * 100, (0.8, 0.1, 0.1), seed=0)) == {"train": 80, "val": 10, "test": 10}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raycap.config import DataSettings
-from raycap.data.sources.base import SPLITS, Rejected, Source, SourceRow
+from raycap.data.sources.base import OPTIONAL, SPLITS, Rejected, Source, SourceRow
 from raycap.errors import ConfigError, DataError, did_you_mean
 
 __all__ = ["SOURCES", "SPLITS", "Rejected", "Source", "SourceRow", "detect", "open_source", "register"]
@@ -33,6 +33,12 @@ def register(name: str, target: str) -> None:
 register("shapes", "raycap.data.sources.shapes:Shapes")
 register("captions_jsonl", "raycap.data.sources.captions_jsonl:CaptionsJsonl")
 register("imagefolder", "raycap.data.sources.imagefolder:ImageFolder")
+register("risc", "raycap.data.sources.risc:Risc")
+register("iu_xray", "raycap.data.sources.iu_xray:IuXray")
+register("karpathy", "raycap.data.sources.karpathy:Karpathy")
+register("coco", "raycap.data.sources.coco:Coco")
+register("hub", "raycap.data.sources.hub:HubDataset")
+register("parquet", "raycap.data.sources.parquet_files:ParquetFiles")
 
 
 def load_source(name: str) -> Any:
@@ -47,27 +53,51 @@ def detect(path: Path | str) -> str:
     """Name of the source that `path` holds.
 
     Raises:
-        ConfigError: `path` is neither a built-in source nor anything that exists.
+        ConfigError: `path` is neither a built-in source, nor anything that exists, nor of the form of a hub id.
         DataError: it exists, and no source knows its layout.
     """
     if str(path) in BUILT_IN:
         return str(path)
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        near = did_you_mean(str(path), BUILT_IN) if len(folder.parts) == 1 else "check the path."
+    place = Path(path).expanduser()
+    if not place.exists():
+        from raycap.data.sources.hub import is_hub_id
+
+        if is_hub_id(str(path)):
+            return "hub"
+        near = did_you_mean(str(path), BUILT_IN) if len(place.parts) == 1 else "check the path."
         known = ", ".join(BUILT_IN)
         raise ConfigError(f"data.source={path} is neither a built-in set ({known}) nor a folder here; {near}")
     for name in SOURCES:
-        if name not in BUILT_IN and load_source(name).detect(folder):
+        if name not in BUILT_IN and load_source(name).detect(place):
             return name
     layouts = "; ".join(f"{name}: {load_source(name).layout}" for name in SOURCES if name not in BUILT_IN)
-    raise DataError(f"data.source={path} is in no layout that raycap reads. It reads: {layouts}. See docs/data.md.")
+    raise DataError(
+        f"data.source={path} is in no layout that raycap reads; it {_holds(place)}. Looked for: {layouts}. See docs/data.md."
+    )
 
 
 def open_source(settings: DataSettings, seed: int) -> Source:
     """Open `settings.source`: an iterable of SourceRow and Rejected that never raises for a single bad row.
 
     Raises:
+        ConfigError: a setting that has no effect on this kind of source.
         DataError: the source as a whole cannot be read (naming the file, and what it lacks).
     """
-    return load_source(detect(settings.source))(settings, seed)
+    name = detect(settings.source)
+    kind = load_source(name)
+    defaults = DataSettings()
+    for setting in OPTIONAL:
+        value = getattr(settings, setting)
+        if setting not in kind.uses and value != getattr(defaults, setting):
+            raise ConfigError(
+                f"data.{setting}={value} has no effect: data.source={settings.source} is read as '{name}'"
+            )
+    return kind(settings, seed)
+
+
+def _holds(place: Path) -> str:
+    if place.is_file():
+        return f"is a file of {place.stat().st_size:,} bytes"
+    names = sorted(p.name + ("/" if p.is_dir() else "") for p in place.iterdir())
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"holds {', '.join(names[:5])}{more}" if names else "is an empty folder"

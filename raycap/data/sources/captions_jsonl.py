@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from raycap.config import DataSettings
 from raycap.data.sources.base import Rejected
+from raycap.data.sources.columns import checked_columns, renamed
 from raycap.data.sources.table import Record, TableSource, parse_record
 
 TABLE = "captions.jsonl"
@@ -17,9 +18,8 @@ class CaptionsJsonl(TableSource):
     """Image paths are relative to the folder, or to `images/` in it; lines of one image are joined."""
 
     layout = f"a folder with {TABLE}"
-
-    def __init__(self, settings: DataSettings, seed: int):
-        super().__init__(Path(settings.source).expanduser(), lookup=("", "images"))
+    uses = frozenset({"columns", "images", "lang"})
+    places = ("", "images")
 
     @staticmethod
     def detect(path: Path) -> bool:
@@ -29,11 +29,12 @@ class CaptionsJsonl(TableSource):
         return [self.root / TABLE]
 
     def records(self) -> Iterator[Record | Rejected]:
-        yield from jsonl_records(self.root / TABLE, TABLE, image_keys=("image",))
+        columns = checked_columns(self.settings)
+        yield from jsonl_records(self.root / TABLE, TABLE, image_keys=("image",), columns=columns)
 
 
-def jsonl_records(file: Path, name: str, *, image_keys: tuple[str, ...], folder: str = "",
-                  default_split: str = "") -> Iterator[Record | Rejected]:  # fmt: skip
+def jsonl_records(file: Path, name: str, *, image_keys: tuple[str, ...], folder: str = "", default_split: str = "",
+                  columns: Mapping[str, Any]) -> Iterator[Record | Rejected]:  # fmt: skip
     """Records of a JSON-lines file; blank lines are skipped, lines that are no JSON object are rejected.
 
     Lines end at `\\n` alone: U+2028 and its like may stand inside a JSON string.
@@ -52,7 +53,9 @@ def jsonl_records(file: Path, name: str, *, image_keys: tuple[str, ...], folder:
                 yield Rejected("", where, "not-json", f"{error}")
             else:
                 if isinstance(fields, dict):
-                    yield parse_record(fields, where, image_keys=image_keys, folder=folder, default_split=default_split)
+                    keys = ("image",) if "image" in columns else image_keys
+                    fields = renamed(fields, columns)
+                    yield parse_record(fields, where, image_keys=keys, folder=folder, default_split=default_split)
                 else:
                     found = type(fields).__name__
                     yield Rejected("", where, "not-an-object", f"the line holds {found}, expected an object")

@@ -14,6 +14,7 @@ class Shapes:
     """`data.shapes_images` scenes per split, a function of the seed."""
 
     layout = "built in"
+    uses: frozenset[str] = frozenset()
     title = "shapes"
     licence = "drawn by raycap, under raycap's own licence"
 
