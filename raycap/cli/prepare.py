@@ -62,6 +62,7 @@ def source_config(source: str, settings: list[str]) -> Config:
 
         if not is_hub_id(source):
             raise UsageError(
-                f"'{source}' is neither a folder, a file nor a preset; {did_you_mean(source, preset_names())}"
+                f"'{source}' is neither a folder nor a preset, nor a file or a hub id; "
+                f"{did_you_mean(source, preset_names())}"
             )
     return load_config("shapes-git", [f"run.name={place.name}", f"data.source={place}", *settings])
