@@ -177,6 +177,10 @@ def check(config: Config) -> None:
     if c.train.batch % c.train.accumulation:
         raise ConfigError(f"train.accumulation={c.train.accumulation} does not divide train.batch={c.train.batch}")
     _check_splits(c.data.splits)
+    if sorted(c.data.train_splits) not in (["train"], ["train", "val"]):
+        raise ConfigError(
+            f"data.train_splits={list(c.data.train_splits)} must be train, or train and val; test is never seen"
+        )
     if len(c.data.shapes_images) != 3 or min(c.data.shapes_images) < 1:
         raise ConfigError(
             f"data.shapes_images={list(c.data.shapes_images)} must be three counts of at least 1 (train, val, test)"
@@ -299,6 +303,13 @@ def _parse(key: str, value: Any, kind: Any) -> Any:
         if not isinstance(parsed, Mapping):
             raise ConfigError(f"{key}={value!r} is not a mapping")
         return dict(parsed)
+    if kind == str | dict[str, str]:
+        if isinstance(value, str) and not value.lstrip().startswith("{"):
+            return value
+        parsed = _parse(key, value, dict)
+        if not parsed or not all(isinstance(t, str) for entry in parsed.items() for t in entry):
+            raise ConfigError(f"{key}={value!r}; write one text, or a text for each language: {{en: ..., ja: ...}}")
+        return parsed
     if origin is types.UnionType:
         return None if value in (None, "none", "") else _parse(key, value, typing.get_args(kind)[0])
     return _parse_scalar(key, value, kind)

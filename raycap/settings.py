@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from raycap.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +38,8 @@ class DataSettings:
     """Language of captions whose source names none; empty: `ja` where they are written in kana, else `en`."""
     report: Literal["auto", "findings", "impression", "both"] = "auto"
     """What of an X-ray report is the caption; auto: both sections of an XML report, whatever annotation.json holds."""
-    prompt: str = ""
-    """Text put before the caption; its labels are masked."""
+    prompt: str | dict[str, str] = ""
+    """Text put before the caption; its labels are masked. Or one for each language: `{en: ..., ja: ...}`."""
     max_text_tokens: int = 48
     """Longest prompt + caption + end, in the model's tokens; longer captions are cut, and counted."""
     captions: Literal["all", "first", "random-per-epoch", "best-clipscore", "weighted-clipscore"] = "all"
@@ -46,6 +49,8 @@ class DataSettings:
     """Shares of train, val, test for images that name no split, drawn by group; or counts, such as 560,70,70."""
     missing_splits: Literal["refuse", "draw"] = "refuse"
     """draw: where a set names its splits and has no test (val), half of val (a share of train) becomes it, by group."""
+    train_splits: tuple[str, ...] = ("train",)
+    """train,val: a final run of one setting for a fixed number of steps, which has nothing left to choose by."""
     shapes_images: tuple[int, ...] = (1500, 256, 256)
     """Sizes of train, val and test of the built-in shapes set."""
     rows_per_shard: int = 256
@@ -167,3 +172,19 @@ class ServeSettings:
     max_image_px: int = 50_000_000
     max_images: int = 64
     """Images one request may carry."""
+
+
+def prompt_for(prompt: str | Mapping[str, str], lang: str) -> str:
+    """The prompt (`data.prompt`) of captions in `lang`.
+
+    Raises:
+        ConfigError: the prompts name other languages.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if lang not in prompt:
+        named = ", ".join(prompt) or "none"
+        raise ConfigError(
+            f"data.prompt holds prompts for {named}, and captions are in '{lang}': add `{lang}: ...` to it"
+        )
+    return prompt[lang]

@@ -137,7 +137,7 @@ def _warnings(runs: list[Run], rows: list[dict[str, Any]], shared: list[str], gr
         found.append("the runs were prepared from different data (data_sha256)")
     if len(shared) < 50:
         found.append(f"document frequencies come from only {len(shared)} pictures: CIDEr is unstable below 50")
-    prompts = {run.config.get("data", {}).get("prompt", "") for run in runs}
+    prompts = {str(run.config.get("data", {}).get("prompt", "")) for run in runs}
     decoding = {str(run.config.get("decode")) for run in runs}
     if len(prompts) > 1 or len(decoding) > 1:
         found.append("the runs differ in prompt or decoding, so a difference may come from that")

@@ -74,12 +74,52 @@ class Shards:
         self.counts: dict[str, int] = manifest["counts"]
         self.splits: tuple[str, ...] = tuple(s for s in SPLITS if self.counts.get(s))
         self.content_sha256: str = manifest["content_sha256"]
+        self.languages: dict[str, dict[str, int]] = manifest.get("languages", {})
+        """Split -> language -> rows."""
+        self.lang = ""
+        """Rows in other languages are left out by whatever reads rows here; "" reads all (see `speaking`)."""
         self._references: dict[str, dict[str, list[str]]] = {}
 
+    def speaking(self, lang: str, splits: Sequence[str] = SPLITS) -> Shards:
+        """These shards, reading rows in `lang` alone: scores of two languages do not make one.
+
+        Raises:
+            DataError: one of `splits` has no row in it.
+        """
+        found = Shards(self.folder, self.manifest)
+        for split in splits:
+            have = self.languages.get(split)
+            if have and lang not in have:
+                named = ", ".join(f"{n:,} in '{other}'" for other, n in have.items())
+                raise DataError(
+                    f"{without_secret(self.folder)} has no captions in '{lang}' in split '{split}', but {named}: set "
+                    "evaluate.lang to the language that is scored, or data.lang when preparing, where it was misread"
+                )
+        found.lang = lang
+        return found
+
+    def aside(self, splits: Sequence[str]) -> dict[str, int]:
+        """Language -> rows of `splits` that are left out."""
+        found: Counter[str] = Counter()
+        for split in splits:
+            found.update({lang: n for lang, n in self.languages.get(split, {}).items() if lang != self.lang})
+        return dict(found) if self.lang else {}
+
+    def langs(self, split: str) -> dict[str, str]:
+        """Image id -> language of its captions, where `split` holds several; empty else."""
+        if not self._several(split):
+            return {}
+        return {row["image_id"]: row["lang"] for row in self.iter_rows(split, ("image_id", "lang"))}
+
+    def _several(self, split: str) -> bool:
+        return len({lang for part in split.split("+") for lang in self.languages.get(part, {})}) > 1
+
     def files(self, split: str) -> list[Path | str]:
-        """The split's shards, in row order: paths, or urls in a storage."""
-        self._check(split)
-        return [_file(self.folder, f["name"]) for f in self.manifest["files"] if f["split"] == split]
+        """The split's shards, in row order: paths, or urls in a storage. `train+val` is one split after the other."""
+        parts = split.split("+")
+        for part in parts:
+            self._check(part)
+        return [_file(self.folder, f["name"]) for part in parts for f in self.manifest["files"] if f["split"] == part]
 
     def row_groups(self, split: str) -> list[dict[str, Any]]:
         """Where the rows lie: {file, row_group, offset (row of the split), rows}, from the footers alone."""
@@ -101,8 +141,12 @@ class Shards:
 
     def iter_rows(self, split: str, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
         """Rows of the split in order, as dicts of the schema's columns (or `columns`), with `row` added."""
+        filtered = bool(self.lang) and self._several(split)
+        wanted = [*columns, "lang"] if filtered and columns and "lang" not in columns else columns
         for group in self.row_groups(split):
-            yield from read_row_group(group, columns)
+            for row in read_row_group(group, wanted):
+                if not filtered or row["lang"] == self.lang:
+                    yield row if wanted is columns else {k: v for k, v in row.items() if k != "lang"}
 
     def read_rows(self, split: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """All rows of the split at once; `image` is {"bytes", "path"}."""

@@ -129,6 +129,7 @@ def _prepare(config: Config, source: Source, out: Path, progress: Progress | Non
                 files += _write_split(out, split, chosen, spool, config.data.rows_per_shard, content)
         (out / _SPOOL).unlink()
         manifest = _manifest(config, source, checked, files, [splits[i] for i in kept], groups, content.hexdigest())
+        manifest["languages"] = _languages([(splits[i], checked.rows[i].source.lang) for i in kept])
         write_json(out / MANIFEST, manifest)
     if progress:
         progress(checked.read, checked.read, _summary(manifest))
@@ -306,6 +307,12 @@ def _cleaning() -> dict[str, Any]:
         "max_image_px": MAX_IMAGE_PX,
         "max_aspect": MAX_ASPECT,
     }
+
+
+def _languages(rows: list[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """Split -> language -> rows, of rows given as (split, language)."""
+    counts = Counter(rows)
+    return {split: {lang: n for (s, lang), n in sorted(counts.items()) if s == split} for split in SPLITS}
 
 
 def _manifest(

@@ -36,6 +36,8 @@ class Store:
         self.image_ids: list[str] = layout["image_ids"]
         self.references: dict[str, list[str]] = dict(zip(self.image_ids, layout["references"]))
         self.groups: dict[str, str] = dict(zip(self.image_ids, layout["groups"]))
+        self.langs: dict[str, str] = dict(zip(self.image_ids, layout.get("langs", ())))
+        """Image id -> language, where the split holds several; empty else."""
         self.count = len(self.image_ids)
         self.image_shape: tuple[int, int, int] = tuple(layout["image_shape"])
         self.captions_per_image = np.array([len(r) for r in layout["references"]], dtype=np.int64)
@@ -79,6 +81,7 @@ class Store:
         groups: Mapping[str, str] | None = None,
         max_tokens: int,
         clip_scores: Mapping[str, tuple[Sequence[float], int]] | None = None,
+        langs: Mapping[str, str] | None = None,
     ) -> Store:
         """Open the store in `folder`, making it where there is none.
 
@@ -102,6 +105,8 @@ class Store:
             "references": [[str(c) for c in references[i]] for i in image_ids],
             "groups": [str((groups or {}).get(i) or i) for i in image_ids],
         }
+        if langs:
+            layout["langs"] = [str(langs[i]) for i in image_ids]
         if clip_scores is not None:
             layout["clip_scores"] = [[float(s) for s in clip_scores[i][0]] for i in image_ids]
             layout["selected"] = [int(clip_scores[i][1]) for i in image_ids]
@@ -145,6 +150,7 @@ class Store:
             groups=shards.groups(split),
             max_tokens=max_tokens,
             clip_scores=shards.clip_scores(split),
+            langs=shards.langs(split),
         )
 
     @classmethod

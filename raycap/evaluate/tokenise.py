@@ -44,6 +44,11 @@ def load_tokeniser(name: str) -> Tokenise:
     return getattr(import_module(module), attribute)
 
 
+def quick_tokeniser(lang: str) -> str:
+    """The tokeniser of a language for scores inside a run: in this process, without Java, the same on every machine."""
+    return "ptb-py" if lang == "en" else default_tokeniser(lang)
+
+
 def default_tokeniser(lang: str) -> str:
     """The tokeniser of a language that runs here.
 

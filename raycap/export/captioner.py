@@ -38,8 +38,9 @@ class Captioner:
         dtype = "fp32" if device == "cpu" else None
         # The folder says itself whether it is quantised; asking for NF4 here would quantise a merged model.
         model = load_model(
-            config.model, config.data, path=folder, quantisation="none", compute_dtype=dtype, device=device
-        )
+            config.model, config.data, path=folder, quantisation="none", compute_dtype=dtype, device=device,
+            lang=config.evaluate.lang,
+        )  # fmt: skip
         model.model.eval()
         return cls(model, config)
 

@@ -21,6 +21,7 @@ from raycap.export.folder import MANIFEST, read_manifest, write_manifest
 from raycap.export.merge import merge
 from raycap.export.requantise import requantise
 from raycap.files import atomic_folder, write_atomic, write_json
+from raycap.settings import prompt_for
 
 Scorer = Callable[[Path, str], float]
 """(model folder, variant) -> score on the gate's split. Variants: merged, merged-dequantised, merged-nf4."""
@@ -143,7 +144,8 @@ def run_gate(
         GateError: the promoted variant lost more than export.max_drop of the adapter's score.
     """
     say = progress or (lambda message: None)
-    facts = facts or CardFacts(name=config.run.name or "model", base=config.model.path, prompt=config.data.prompt)
+    prompt = prompt_for(config.data.prompt, config.evaluate.lang)
+    facts = facts or CardFacts(name=config.run.name or "model", base=config.model.path, prompt=prompt)
     best.mkdir(parents=True, exist_ok=True)
     work = best / ".gate"
     shutil.rmtree(work, ignore_errors=True)

@@ -61,7 +61,7 @@ def load_base(config: Config, *, adapter: Path | str | None = None) -> Captioner
     from raycap.models import load_model
 
     dtype = None if torch.cuda.is_available() else "fp32"
-    model = load_model(config.model, config.data, compute_dtype=dtype)
+    model = load_model(config.model, config.data, compute_dtype=dtype, lang=config.evaluate.lang)
     if adapter is not None:
         from peft import PeftModel
 
@@ -93,14 +93,17 @@ def export_stage(
     import torch
 
     from raycap.evaluate.cider import CiderScorer
+    from raycap.evaluate.tokenise import quick_tokeniser
     from raycap.export.card import CardFacts
     from raycap.export.gate import run_gate
 
     if threads:
         torch.set_num_threads(threads)
     config, shards, folder = from_dict(settings), open_shards(shards_folder), Path(run_dir)
+    shards = shards.speaking(config.evaluate.lang)
     references = shards.references("val")
-    scorer = CiderScorer(references)
+    lang = config.evaluate.lang
+    scorer = CiderScorer(references, quick_tokeniser(lang), lang=lang)
     captions: dict[str, dict[str, dict[str, str]]] = {"val": {}, "test": {}}
     seconds: dict[str, float] = {}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raycap.errors import ConfigError, ModelError, did_you_mean
+from raycap.settings import prompt_for
 
 if TYPE_CHECKING:
     from raycap.config import DataSettings, ModelSettings
@@ -59,9 +61,11 @@ def load_model(
     quantisation: str | None = None,
     compute_dtype: str | None = None,
     device: str | None = None,
+    lang: str = "",
 ) -> CaptionModel:
     """Load the base that `model` names, or the model in `path`, frozen, with its processor.
 
+    `lang` is the language it captions in, where there is a prompt for each; without it such a model gets none.
     `quantisation`, `compute_dtype` and `device` override the settings; a folder that was saved in NF4 loads as that.
 
     Raises:
@@ -99,12 +103,12 @@ def load_model(
         quantisation=kind,
         compute_dtype=dtype,
         device=where,
-        prompt=data.prompt,
+        prompt=prompt_for(data.prompt, lang) if lang or isinstance(data.prompt, str) else "",
         max_text_tokens=data.max_text_tokens,
     )
 
 
-def row_preparer(family: str, path: str, prompt: str, max_text_tokens: int) -> RowPreparer:
+def row_preparer(family: str, path: str, prompt: str | Mapping[str, str], max_text_tokens: int) -> RowPreparer:
     """What a stream applies to each shard row; see RowPreparer."""
     return RowPreparer(family, str(path), prompt, max_text_tokens)
 
@@ -115,7 +119,7 @@ class RowPreparer:
     Picklable, and light in a task: the processor is loaded once a process, and no weights are.
     """
 
-    def __init__(self, family: str, path: str, prompt: str, max_text_tokens: int):
+    def __init__(self, family: str, path: str, prompt: str | Mapping[str, str], max_text_tokens: int):
         self.family, self.path, self.prompt, self.max_text_tokens = family, path, prompt, max_text_tokens
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +130,8 @@ class RowPreparer:
         family, processor = _processor(self.family, self.path)
         with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
             pixels = family.resize(processor, image.convert("RGB"))
-        coded = [family.encode(processor, c, self.prompt, self.max_text_tokens) for c in row["captions"]]
+        prompt = prompt_for(self.prompt, row.get("lang") or "")
+        coded = [family.encode(processor, c, prompt, self.max_text_tokens) for c in row["captions"]]
         unknown = family.unknown_token(processor)
         return {
             "row": row["row"],

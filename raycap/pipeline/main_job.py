@@ -21,6 +21,7 @@ from raycap.files import atomic_folder, sha256_folder
 from raycap.pipeline.remote import in_worker
 from raycap.pipeline.verbs import caption_through, stay
 from raycap.pipeline.verdicts import ranked, verdicts
+from raycap.settings import prompt_for
 from raycap.stop import Stopped, resume_command, stoppable
 
 if TYPE_CHECKING:
@@ -111,11 +112,18 @@ class _Run:
 
         self.progress.phase("prepare", f"images of '{self.config.data.source}'")
         with self.ledger.phase("prepare"):
-            shards = open_shards(prepare_if_needed(self.config, self.progress.count))
+            shards = open_shards(prepare_if_needed(self.config, self.progress.count)).speaking(
+                self.config.evaluate.lang
+            )
         self.facts["data_sha256"] = shards.content_sha256
         self.facts["base_sha256"] = base_sha256(self.config)
         self.facts["data"] = {"folder": str(shards.folder), "counts": dict(shards.counts)}
         self.progress.line("images: " + ", ".join(f"{n:,} {split}" for split, n in shards.counts.items()))
+        if aside := shards.aside(("val", "test")):
+            self.progress.line(f"val and test are scored in {shards.lang} alone; rows left aside: {aside}")
+            self.facts["data"]["languages"] = shards.languages
+        for lang in shards.languages.get("train", {}):
+            prompt_for(self.config.data.prompt, lang)  # a language without a prompt is told before hours are spent
         return shards
 
     def _sweep(self, shards: Shards, resume: bool) -> Any:
@@ -143,7 +151,7 @@ class _Run:
             data=self.config.data.source,
             data_sha256=shards.content_sha256,
             lang=self.config.evaluate.lang,
-            prompt=self.config.data.prompt,
+            prompt=prompt_for(self.config.data.prompt, self.config.evaluate.lang),
             trial=best.trial_id,
             adapter={
                 "rank": best.rank, "alpha": best.alpha, "lr": best.lr, "dropout": best.dropout,

@@ -41,7 +41,7 @@ def evaluate(
 
     with Progress(f"evaluate · {model}", plain=plain, phases=("prepare", "serve", "score")) as progress:
         progress.phase("prepare", f"images of '{config.data.source}'")
-        shards = open_shards(prepare_if_needed(config, progress.count))
+        shards = open_shards(prepare_if_needed(config, progress.count)).speaking(config.evaluate.lang, (split,))
         references = shards.references(split)
         progress.phase("serve", f"starting Ray Serve with {model}")
         with connect(config), serving(config, model, port=0) as served:

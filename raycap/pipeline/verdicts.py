@@ -18,6 +18,7 @@ def verdicts(config: Config, shards: Shards, per_image: Mapping[str, Any], found
 
     from raycap.evaluate.cider import CiderScorer
     from raycap.evaluate.significance import paired_bootstrap
+    from raycap.evaluate.tokenise import quick_tokeniser
 
     if "test" not in per_image:
         return {}
@@ -46,7 +47,8 @@ def verdicts(config: Config, shards: Shards, per_image: Mapping[str, Any], found
         first, second = (read_json(file) for file in files)
         ids = list(first)
         references = shards.references("val")
-        scorer = CiderScorer({i: references[i] for i in ids})
+        lang = config.evaluate.lang
+        scorer = CiderScorer({i: references[i] for i in ids}, quick_tokeniser(lang), lang=lang)
         val_groups = shards.groups("val")
         verdict = paired_bootstrap(
             np.asarray(scorer.score(second)[1]),

@@ -52,9 +52,11 @@ class Validator:
         return {name: tensor.to(self.cm.device).repeat(times, 1) for name, tensor in batch.items()}
 
     def rows(self, store: Store) -> np.ndarray:
-        """The images that rungs are scored on: `train.val_images`, evenly spread over the split."""
-        count = min(store.count, self.config.train.val_images)
-        return np.arange(count, dtype=np.int64) * store.count // count
+        """The images that rungs are scored on: `train.val_images` in evaluate.lang, evenly spread over the split."""
+        lang = self.config.evaluate.lang
+        rows = np.array([r for r, i in enumerate(store.image_ids) if store.langs.get(i, lang) == lang], dtype=np.int64)
+        count = min(len(rows), self.config.train.val_images)
+        return rows[np.arange(count) * len(rows) // max(count, 1)]
 
     def evaluate(self, store: Store, slots: int) -> list[EvalResult]:
         """One result a slot, its `step` left at 0."""
@@ -80,10 +82,12 @@ class Validator:
 
     def _scorer(self, store: Store, references: dict[str, list[str]]) -> Any:
         from raycap.evaluate.cider import CiderScorer
+        from raycap.evaluate.tokenise import quick_tokeniser
 
         key = str(store.folder)
         if key not in self._scorers:
-            self._scorers[key] = CiderScorer(references)
+            lang = self.config.evaluate.lang
+            self._scorers[key] = CiderScorer(references, quick_tokeniser(lang), lang=lang)
         return self._scorers[key]
 
     def losses(self, store: Store, rows: np.ndarray, slots: int) -> list[float]:

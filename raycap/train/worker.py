@@ -238,7 +238,7 @@ def build_engine(config: Config, job: dict[str, Any], log: Callable[[str], None]
     shards = open_shards(job["shards"])
     feed = Feed(config, shards, job["shards"], log)
     began = time.monotonic()
-    cm = load_model(config.model, config.data)
+    cm = load_model(config.model, config.data, lang=config.evaluate.lang)
     log(
         f"base {config.model.path}: {cm.quantisation}, computes in {cm.compute_dtype}, {time.monotonic() - began:.1f} s"
     )
@@ -260,8 +260,9 @@ class Feed:
         processor = family.load_processor(resolve_path(config.model.path))
         self.error: BaseException | None = None
         self.config, self.folder, self.log = config, folder, log
+        self.splits = {"train": "+".join(config.data.train_splits), "val": "val"}
         self.stores = {
-            split: Store.for_shards(
+            name: Store.for_shards(
                 shards,
                 split,
                 config.cache_dir,
@@ -271,7 +272,7 @@ class Feed:
                 processor=family.fingerprint(processor),
                 prompt=config.data.prompt,
             )
-            for split in ("train", "val")
+            for name, split in self.splits.items()
         }
         threading.Thread(target=self._fill, name="feed", daemon=True).start()
 
@@ -281,14 +282,16 @@ class Feed:
 
         config = self.config
         try:
-            for split, store in self.stores.items():
+            for name, store in self.stores.items():
                 began = time.monotonic()
                 how = "fills" if store.owner else "finds" if store.complete else "follows"
                 if store.owner:
                     data, model = config.data, config.model
                     prepare = row_preparer(model.family, model.path, data.prompt, data.max_text_tokens)
-                    fill(store, dataset(self.folder, split, prepare))
-                self.log(f"{how} the store of {split}: {store.count} images, {time.monotonic() - began:.1f} s")
+                    fill(store, dataset(self.folder, self.splits[name], prepare))
+                self.log(
+                    f"{how} the store of {self.splits[name]}: {store.count} images, {time.monotonic() - began:.1f} s"
+                )
         except BaseException as error:  # raised in the loop's thread, which meets it when it waits for a row
             self.error = error
             self.log(f"the stream stopped: {error}")

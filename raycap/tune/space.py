@@ -25,6 +25,11 @@ def sample_trials(config: Config) -> list[TrialSpec]:
     Raises:
         ConfigError: a setting that cannot be swept, a range that is none, values of the wrong type.
     """
+    if "val" in config.data.train_splits and (config.tune.trials > 1 or config.tune.scheduler != "none"):
+        raise ConfigError(
+            f"data.train_splits={','.join(config.data.train_splits)}: with val trained on, trials cannot be told apart. Run the "
+            "one setting: `raycap train`, or tune.trials=1 tune.scheduler=none"
+        )
     space = {key: _dimension(key, value) for key, value in sorted(config.tune.space.items())}
     width = max(2, len(str(config.tune.trials - 1)))
     shift = np.random.default_rng([config.run.seed, 0x5EED]).random(max(1, len(space)))

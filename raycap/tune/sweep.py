@@ -77,7 +77,9 @@ def run_sweep(
     began = time.monotonic()
     run_dir = Path(run_dir).absolute()
     trials = sample_trials(config)
-    steps = rungs(config.train.steps, config.tune.grace_steps, config.tune.eta)
+    # With val trained on, its score says nothing: there is no checkpoint to choose, and the last one is exported.
+    fixed = "val" in config.data.train_splits
+    steps = [config.train.steps] if fixed else rungs(config.train.steps, config.tune.grace_steps, config.tune.eta)
     with run_lock(run_dir):
         resumed = _check_folder(run_dir, [t.to_dict() for t in trials], resume)
         ledger = RungLedger(
