@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
+from raycap.config import Config
 from raycap.errors import RunError
 from raycap.files import read_json, write_json
 
@@ -25,6 +26,13 @@ def rungs(steps: int, grace_steps: int, eta: int) -> list[int]:
         found.append(rung)
         rung *= eta
     return [*found, steps]
+
+
+def planned_rungs(config: Config) -> list[int]:
+    """The rungs of a sweep. With val trained on its score says nothing: no checkpoint is chosen, the last is exported."""
+    if "val" in config.data.train_splits:
+        return [config.train.steps]
+    return rungs(config.train.steps, config.tune.grace_steps, config.tune.eta)
 
 
 class RungLedger:

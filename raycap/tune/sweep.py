@@ -22,7 +22,7 @@ from raycap.stop import Stop, resume_command, stoppable
 from raycap.train.record import TrialRecord
 from raycap.tune.actor import read_records
 from raycap.tune.launch import STOPPING, Worker, pack_worker, tune_worker
-from raycap.tune.schedule import PackAsha, PackFifo, RungLedger, rungs
+from raycap.tune.schedule import PackAsha, PackFifo, RungLedger, planned_rungs
 from raycap.tune.space import sample_trials
 
 WATCH_S = 0.5
@@ -77,9 +77,7 @@ def run_sweep(
     began = time.monotonic()
     run_dir = Path(run_dir).absolute()
     trials = sample_trials(config)
-    # With val trained on, its score says nothing: there is no checkpoint to choose, and the last one is exported.
-    fixed = "val" in config.data.train_splits
-    steps = [config.train.steps] if fixed else rungs(config.train.steps, config.tune.grace_steps, config.tune.eta)
+    steps = planned_rungs(config)
     with run_lock(run_dir):
         resumed = _check_folder(run_dir, [t.to_dict() for t in trials], resume)
         ledger = RungLedger(

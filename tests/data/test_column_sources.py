@@ -275,3 +275,44 @@ def test_what_was_looked_for_and_found(tmp_path):
         assert said in refused.value.message
     with pytest.raises(DataError, match="is a file of 1 bytes"):
         detect(tmp_path / "a.txt")
+
+
+def test_the_same_pictures_through_every_layout(tmp_path, mini, read):
+    """What a source is called and how it is laid out changes neither pictures nor captions nor splits."""
+    import csv
+
+    import datasets
+
+    rows = read(mini)
+    wanted = sorted((r.image, tuple(r.captions), r.split) for r in rows)
+    names = [r.path.rpartition("/")[2] for r in rows]
+    pictures = [{"bytes": r.image, "path": None} for r in rows]
+    found = {}
+    for place in ("karpathy", "risc/resized", "r2gen", "coco"):
+        (tmp_path / place).mkdir(parents=True)
+        for row, name in zip(rows, names):
+            (tmp_path / place / name).write_bytes(row.image)
+    images = [
+        {"filename": n, "split": r.split, "imgid": i, "sentences": [{"raw": c} for c in r.captions]}
+        for i, (n, r) in enumerate(zip(names, rows))
+    ]
+    (tmp_path / "karpathy" / "dataset_mini.json").write_text(json.dumps({"images": images}))
+    found["karpathy"] = read(tmp_path / "karpathy")
+    columns = [f"caption_{i}" for i in range(1, 6)]
+    with open(tmp_path / "risc" / "captions.csv", "w", newline="") as file:
+        cells = [["X", r.split, n, *r.captions, *[""] * (5 - len(r.captions))] for n, r in zip(names, rows)]
+        csv.writer(file).writerows([["source", "split", "image", *columns], *cells])
+    found["risc"] = read(tmp_path / "risc")
+    for split in ("train", "val", "test"):
+        part = [(n, r) for n, r in zip(names, rows) if r.split == split]
+        notes = [{"image_id": n, "caption": c} for n, r in part for c in r.captions]
+        content = {"images": [{"id": n, "file_name": n} for n, _ in part], "annotations": notes}
+        (tmp_path / "coco" / f"captions_{split}2014.json").write_text(json.dumps(content))
+    found["coco"] = read(tmp_path / "coco")
+    captions, splits = [r.captions for r in rows], [r.split for r in rows]
+    found["parquet"] = read(write_parquet(tmp_path / "t.parquet", image=pictures, captions=captions, split=splits))
+    whole = datasets.Dataset.from_dict({"image": pictures, "captions": captions, "split": splits})
+    whole.save_to_disk(tmp_path / "disk")
+    found["hub"] = read(tmp_path / "disk")
+    for name, got in found.items():
+        assert sorted((r.image, tuple(r.captions), r.split) for r in got) == wanted, name

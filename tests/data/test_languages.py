@@ -123,3 +123,14 @@ def test_train_splits_of_the_settings():
     with pytest.raises(ConfigError, match=r"data\.train_splits=train,val.*raycap train"):
         sample_trials(config("train,val", trials=2))
     assert len(sample_trials(config(["train", "val"], trials=1, scheduler="none"))) == 1
+
+
+def test_a_final_run_has_one_rung():
+    from raycap.tune.schedule import planned_rungs
+
+    final = {"train": {"steps": 90}, "data": {"train_splits": ["train", "val"]}}
+    assert planned_rungs(from_dict(final)) == [90] and planned_rungs(from_dict({"train": {"steps": 90}})) == [
+        10,
+        30,
+        90,
+    ]

@@ -77,3 +77,15 @@ def test_without_official_splits_they_are_drawn(shared_data, tmp_path, settings)
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     manifest = prepare(settings(folder), tmp_path / "out")
     assert manifest["counts"] == {"train": 160, "val": 20, "test": 20}
+
+
+def test_languages_are_told_apart(shared_data):
+    from raycap.data.sources.base import language_of
+
+    japanese, english = shared_data / "stair_shichimi_ja" / "val.jsonl", shared_data / "coco_fakecap" / "fakecap.jsonl"
+    if not (japanese.is_file() and english.is_file()):
+        pytest.skip(f"no stair_shichimi_ja and coco_fakecap in {shared_data}")
+    rows = read_jsonl(japanese)
+    assert language_of(c for r in rows for c in r["captions"]) == "ja"
+    assert sum(language_of(r["captions"]) == "ja" for r in rows) == len(rows)
+    assert {language_of(r["references_raw"]) for r in read_jsonl(english)} == {"en"}
