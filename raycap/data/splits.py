@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from raycap.data.clean import caption_key
+from raycap.data.text_rules import caption_key
 from raycap.data.sources.base import SPLITS
 from raycap.errors import DataError
 

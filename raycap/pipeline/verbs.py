@@ -71,7 +71,7 @@ def caption(config: Config, model: Path, pictures: Sequence[Path]) -> list[str]:
 
     from PIL import Image
 
-    from raycap.data.clean import BadImage, check_image
+    from raycap.data.images import BadImage, check_image
     from raycap.errors import DataError
     from raycap.export.captioner import Captioner
 

@@ -150,7 +150,7 @@ def open_image(data: bytes, max_px: int) -> Image.Image | str:
     """
     from PIL import Image
 
-    from raycap.data.clean import BadImage, check_image
+    from raycap.data.images import BadImage, check_image
 
     if not data:
         return "the file is empty"

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from raycap.data.clean import caption_key
+from raycap.data.text_rules import caption_key
 from raycap.data.shards import open_shards, prepare
 from raycap.files import read_jsonl
 

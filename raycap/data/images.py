@@ -1,17 +1,16 @@
-"""Cleaning rules: pure functions on a caption's text, and one full decode of each image."""
+"""One full decode of each image: what can be mended is, what cannot is refused with its reason."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
-import re
-import unicodedata
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 MIN_SIDE_PX = 8
@@ -19,46 +18,8 @@ MAX_ASPECT = 32.0
 MAX_IMAGE_PX = 100_000_000
 """Above it an image is taken for a decompression bomb: 100 MP decode to 300 MB."""
 
-# What Python's str.splitlines ends a line at. PTBTokenizer, among others, keeps only `\n` apart and then shifts lines.
-_LINE_BREAKS = re.compile("\r\n|[\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029]")
-_CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
-_SPACES = re.compile(r"\s+")
-
-
-def compose(text: str) -> str:
-    """Unicode NFC: one code for each composed letter."""
-    return unicodedata.normalize("NFC", text)
-
-
-def unbreak_lines(text: str) -> str:
-    """Every Unicode line break becomes a space."""
-    return _LINE_BREAKS.sub(" ", text)
-
-
-def drop_controls(text: str) -> str:
-    """Control characters and byte-order marks become a space."""
-    return _CONTROLS.sub(" ", text)
-
-
-def collapse_spaces(text: str) -> str:
-    """Runs of white space become one space; none is left at the ends."""
-    return _SPACES.sub(" ", text).strip()
-
-
-RULES: tuple[Callable[[str], str], ...] = (compose, unbreak_lines, drop_controls, collapse_spaces)
-"""Applied in this order; their names go into the manifest."""
-
-
-def clean_caption(text: str) -> str:
-    """The caption by all rules; empty when nothing is left. Applying it twice changes nothing more."""
-    for rule in RULES:
-        text = rule(text)
-    return text
-
-
-def caption_key(text: str) -> str:
-    """The caption with case and closing punctuation taken away, to tell whether two captions say the same."""
-    return clean_caption(text).casefold().rstrip(" .!。")
+THUMBNAIL_PX = 16
+_HASH_PX, _HASH_WAVES = 32, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +34,18 @@ class CheckedImage:
     """Of size and RGB pixels, so that two files of the same picture are seen to be equal."""
     changed: str
     """What was changed, empty when the file was kept."""
+    look: Look
+    """To find pictures that are nearly the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a picture looks like in 776 bytes: a perceptual hash to find by, a thumbnail to compare with."""
+
+    phash: int
+    """64 bits: pHash, the signs of the slowest waves of the grey picture about their median."""
+    thumbnail: bytes
+    """RGB, uint8 [16, 16, 3]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +72,7 @@ def check_image(data: bytes) -> CheckedImage | BadImage:
         image.load()
         changes = [f"first of {frames} frames"] if frames > 1 else []
         upright = ImageOps.exif_transpose(image)
-        if image.getexif().get(0x0112, 1) != 1:
+        if 2 <= image.getexif().get(0x0112, 1) <= 8:  # other values are damaged, and turn nothing
             changes.append("turned upright")
         rgb = _to_rgb(upright)
         if isinstance(rgb, BadImage):
@@ -115,12 +88,45 @@ def check_image(data: bytes) -> CheckedImage | BadImage:
         buffer = io.BytesIO()
         rgb.save(buffer, format="PNG")
         data = buffer.getvalue()
-    return CheckedImage(data, rgb.width, rgb.height, pixel_sha256(rgb), ", ".join(changes))
+    return CheckedImage(data, rgb.width, rgb.height, pixel_sha256(rgb), ", ".join(changes), look_of(rgb))
 
 
 def pixel_sha256(image: Image.Image) -> str:
     """Hash of an RGB image's size and pixels."""
     return hashlib.sha256(f"{image.width}x{image.height}\0".encode() + image.tobytes()).hexdigest()
+
+
+def look_of(image: Image.Image) -> Look:
+    """Perceptual hash and thumbnail of an RGB image.
+
+    pHash after Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010): the grey picture at
+    32x32, its discrete cosine transform, the 8x8 slowest waves without the mean, each against their median.
+    """
+    import numpy as np
+    from PIL import Image
+
+    small = image.resize((_HASH_PX, _HASH_PX), Image.Resampling.BOX, reducing_gap=None)
+    pixels = np.asarray(small, dtype=np.float32)
+    waves = _cosines()
+    spectrum = waves @ (pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)) @ waves.T
+    slow = spectrum.ravel()[1:]
+    # Rounded, so that a flat picture's hash does not hang on the last bit of a sum.
+    bits = np.round(slow - np.median(slow), 2) > 0
+    phash = int.from_bytes(np.packbits(np.concatenate([bits, [False]])).tobytes(), "big")
+    side = _HASH_PX // THUMBNAIL_PX
+    thumbnail = pixels.reshape(THUMBNAIL_PX, side, THUMBNAIL_PX, side, 3).mean((1, 3)).round().astype(np.uint8)
+    return Look(phash, thumbnail.tobytes())
+
+
+@functools.cache
+def _cosines() -> np.ndarray:
+    """[8, 32]: the slowest rows of the orthonormal DCT-II."""
+    import numpy as np
+
+    k, x = np.arange(_HASH_WAVES)[:, None], np.arange(_HASH_PX)[None]
+    waves = np.cos(np.pi * k * (2 * x + 1) / (2 * _HASH_PX)) * np.sqrt(2 / _HASH_PX)
+    waves[0] /= np.sqrt(2)
+    return waves.astype(np.float32)
 
 
 def _size_error(width: int, height: int) -> str:
