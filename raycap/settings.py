@@ -55,6 +55,10 @@ class DataSettings:
     """Sizes of train, val and test of the built-in shapes set."""
     rows_per_shard: int = 256
     """Images a parquet shard holds."""
+    duplicates: Literal["exact", "near", "keep"] = "exact"
+    """Copies of a picture that are left out, official val and test aside: of equal pixels, nearly equal too, or none."""
+    leaks: Literal["fail", "drop", "allow"] = "fail"
+    """What a picture in two splits does: stop `prepare`, leave the row out of the earlier split, or nothing."""
     limit: int = 0
     """Use only the first images of each split (0: all)."""
 

@@ -19,8 +19,9 @@ from raycap.data.images import THUMBNAIL_PX, Look
 
 NEAR_BITS = 6
 """Bits of 63 in which the hashes of nearly the same picture differ at most."""
-NEAR_MEAN, NEAR_WORST = 8.0, 28.0
-"""Levels of 255 by which their thumbnails differ at most: on average, and at any place once the mean is taken away."""
+NEAR_SHIFT, NEAR_MEAN, NEAR_WORST = 24.0, 8.0, 48.0
+"""Levels of 255 by which their thumbnails differ at most: in a colour's mean, and with that taken away on average and
+at any place."""
 _PIECES, _PIECE_BITS = 4, 16
 _BLOCK = 1 << 20
 
@@ -99,8 +100,8 @@ def find_duplicates(pictures: Sequence[Picture]) -> Duplicates:
 def near_pairs(looks: Sequence[Look]) -> list[tuple[int, int, int]]:
     """(a, b, bits) of pictures that are nearly the same, a < b, sorted.
 
-    Their hashes differ in at most NEAR_BITS, and their thumbnails by at most NEAR_MEAN on average and NEAR_WORST at any
-    place. That finds a picture saved again, resized, a little brighter; not a crop, a turned or a mirrored one.
+    Their hashes differ in at most NEAR_BITS, and their thumbnails as little as said there. That finds a picture saved
+    again, resized to a third, a little brighter or darker; not one that is cropped, turned, mirrored or made grey.
     """
     if len(looks) < 2:
         return []
@@ -175,9 +176,12 @@ def _alike(thumbnails: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         piece = slice(start, start + 4096)
         difference = thumbnails[a[piece]].astype(np.int16) - thumbnails[b[piece]]
         shift = difference.mean(axis=1, keepdims=True)
-        mean = np.abs(difference).mean(axis=(1, 2))
-        worst = np.abs(difference - shift).max(axis=(1, 2))
-        alike[piece] = (mean <= NEAR_MEAN) & (worst <= NEAR_WORST)
+        rest = np.abs(difference - shift)
+        alike[piece] = (
+            (np.abs(shift).max(axis=(1, 2)) <= NEAR_SHIFT)
+            & (rest.mean(axis=(1, 2)) <= NEAR_MEAN)
+            & (rest.max(axis=(1, 2)) <= NEAR_WORST)
+        )
     return alike
 
 
@@ -201,22 +205,23 @@ class Joined:
 def rows_to_drop(pictures: Sequence[Picture], found: Duplicates, mode: str) -> dict[int, Pair]:
     """Row -> the pair for which it is left out, under `data.duplicates` = keep, exact or near.
 
-    A copy goes when an earlier row of the same language that stays is in the same split (or neither names one). Rows of
-    one picture in two languages are no copies of each other.
+    A copy goes when an earlier row of the same language that stays is in the same split (or neither names one). Those of
+    official val and test splits stay: scores on these splits are compared with published ones. Rows of one picture in
+    two languages are no copies of each other.
     """
     if mode == "keep":
         return {}
     dropped: dict[int, Pair] = {}
     of: dict[int, list[int]] = {}
     for i, first in enumerate(found.cluster):
-        for j in of.setdefault(first, []):
+        for j in of.setdefault(first, []) if pictures[i].split in ("", "train") else ():
             pair = found.between(j, i)
             alike = pair and (pair.kind == "exact" or mode == "near")
             if alike and (pictures[j].lang, pictures[j].split) == (pictures[i].lang, pictures[i].split):
                 dropped[i] = pair
                 break
         else:
-            of[first].append(i)
+            of.setdefault(first, []).append(i)
     return dropped
 
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from raycap.config import Config, DataSettings
-from raycap.data.clean import MAX_ASPECT, MAX_IMAGE_PX, MIN_SIDE_PX, RULES, BadImage, check_image, clean_caption
+from raycap.data import duplicates, images
+from raycap.data.duplicates import Picture, find_duplicates, merged_groups, rows_to_drop
+from raycap.data.images import BadImage, Look, check_image
+from raycap.data.leaks import find_leaks, leak_counts, leak_error, leak_line
 from raycap.data.lock import FileLock
 from raycap.data.parquet import (
     MANIFEST,
@@ -30,6 +33,7 @@ from raycap.data.parquet import (
 )
 from raycap.data.sources import SPLITS, Rejected, Source, SourceRow, detect, open_source
 from raycap.data.splits import are_counts, assign_splits, fill_missing, resampling_groups
+from raycap.data.text_rules import RULES, clean_caption_counted
 from raycap.errors import ConfigError, DataError, RunError
 from raycap.files import sha256_file, sha256_json, write_json, write_jsonl
 from raycap.storage import is_url, without_secret
@@ -42,6 +46,7 @@ Progress = Callable[[int, int | None, str], None]
 
 _LOCK = ".lock"
 _SPOOL = ".spool"
+_LEAKS = "leaks.jsonl"
 _REPORT_ROWS = 50
 
 
@@ -56,6 +61,7 @@ class _Row:
     width: int
     height: int
     sha256: str
+    look: Look
 
 
 @dataclass(slots=True)
@@ -67,6 +73,16 @@ class _Checked:
     read: int = 0
     beyond_limit: int = 0
     images_changed: Counter[str] = field(default_factory=Counter)
+    captions_read: int = 0
+    captions_changed: Counter[str] = field(default_factory=Counter)
+    """Captions by the rule that changed them."""
+    duplicates: dict[str, int] = field(default_factory=dict)
+    leaks: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def drop(self, gone: Mapping[int, Rejected]) -> None:
+        """Take rows out, each with its reason."""
+        self.rejected.extend(gone.values())
+        self.rows = [row for i, row in enumerate(self.rows) if i not in gone]
 
 
 def prepare(config: Config, out: Path | str, progress: Progress | None = None) -> Manifest:
@@ -115,12 +131,22 @@ def prepare_if_needed(config: Config, progress: Progress | None = None) -> Path 
 
 def _prepare(config: Config, source: Source, out: Path, progress: Progress | None) -> Manifest:
     with _writing(out):
-        for leftover in (out / MANIFEST, out / REJECTED, out / _SPOOL, *out.glob("*.parquet"), *out.glob(".*.parquet")):
+        for leftover in (
+            out / MANIFEST,
+            out / REJECTED,
+            out / _LEAKS,
+            out / _SPOOL,
+            *out.glob("*.parquet"),
+            *out.glob(".*.parquet"),
+        ):
             leftover.unlink(missing_ok=True)
         with open(out / _SPOOL, "w+b") as spool:
             checked = _check_rows(source, config, spool, progress)
             write_jsonl(out / REJECTED, [_rejected_line(r) for r in checked.rejected])
+            _drop_duplicates(config, checked)
             splits = _splits(config, source, checked)
+            splits = _settle_leaks(config, source, checked, splits, out)
+            write_jsonl(out / REJECTED, [_rejected_line(r) for r in checked.rejected])
             kept = _limited(checked, splits, config.data.limit)
             groups = _groups([checked.rows[i] for i in kept], [splits[i] for i in kept])
             files, content = [], hashlib.sha256()
@@ -155,7 +181,7 @@ def _check_rows(source: Source, config: Config, spool: Any, progress: Progress |
         if config.data.limit and item.split and named[item.split] >= config.data.limit:
             found.beyond_limit += 1
             continue
-        captions, dropped = _clean_captions(item)
+        captions, dropped = _clean_captions(item, found)
         found.rejected.extend(dropped)
         if not captions:
             error = f"all of its {len(item.captions)} captions are empty"
@@ -175,20 +201,74 @@ def _check_rows(source: Source, config: Config, spool: Any, progress: Progress |
         # The bytes are in the spool: held here too, a large set would not fit into memory.
         light = SourceRow(item.image_id, b"", [], item.split, item.group, item.lang, item.source, item.path, item.where)
         size = len(image.data)
-        found.rows.append(_Row(light, captions, start, size, image.width, image.height, image.sha256))
+        found.rows.append(_Row(light, captions, start, size, image.width, image.height, image.sha256, image.look))
     return found
 
 
-def _clean_captions(item: SourceRow) -> tuple[list[str], list[Rejected]]:
+def _clean_captions(item: SourceRow, found: _Checked) -> tuple[list[str], list[Rejected]]:
     captions, dropped = [], []
     for number, text in enumerate(item.captions):
-        caption = clean_caption(text)
+        caption, changed = clean_caption_counted(text, item.lang)
+        found.captions_read += 1
+        found.captions_changed.update(changed)
         if caption:
             captions.append(caption)
         else:
             error = f"caption {number} is {text!r}: nothing is left of it"
             dropped.append(Rejected(item.image_id, item.where, "caption-empty", error, what="caption"))
     return captions, dropped
+
+
+def _pictures(rows: list[_Row]) -> list[Picture]:
+    return [Picture(r.source.image_id, r.source.where, r.sha256, r.look, r.source.lang, r.source.split, r.source.group)
+            for r in rows]  # fmt: skip
+
+
+def _drop_duplicates(config: Config, checked: _Checked) -> None:
+    """Leave copies out as `data.duplicates` says; rows of one picture that stay are put into one group."""
+    pictures = _pictures(checked.rows)
+    found = find_duplicates(pictures)
+    checked.duplicates = found.counts()
+    for row, group in zip(checked.rows, merged_groups(pictures, found), strict=True):
+        row.source = replace(row.source, group=group)
+    gone = {}
+    for i, pair in rows_to_drop(pictures, found, config.data.duplicates).items():
+        kept, copy = checked.rows[pair.a], checked.rows[i]
+        # What was said of the copy was said of the picture.
+        new = [c for c in copy.captions if c not in kept.captions]
+        kept.captions.extend(new)
+        same = "the same pixels" if pair.kind == "exact" else f"nearly the same picture ({pair.bits} bits apart)"
+        error = f"{same} as '{kept.source.image_id}' at {kept.source.where}, which got {len(new)} of its captions"
+        gone[i] = Rejected(copy.source.image_id, copy.source.where, f"image-duplicate-{pair.kind}", error)
+    checked.drop(gone)
+
+
+def _settle_leaks(config: Config, source: Source, checked: _Checked, splits: list[str], out: Path) -> list[str]:
+    """Find pictures that stand in two splits; the splits of the rows that stay.
+
+    Raises:
+        DataError: there are some, and `data.leaks` is fail; or without them a split would have no rows.
+    """
+    pictures = _pictures(checked.rows)
+    leaks = find_leaks(pictures, find_duplicates(pictures), splits)
+    if not leaks:
+        return splits
+    checked.leaks = leak_counts(leaks)
+    write_jsonl(out / _LEAKS, [leak_line(leak, pictures) for leak in leaks])
+    if config.data.leaks == "fail":
+        raise leak_error(leaks, pictures, source.title, str(out / _LEAKS))
+    if config.data.leaks == "allow":
+        return splits
+    gone = {}
+    for leak in leaks:
+        row, other = pictures[leak.row], pictures[leak.other]
+        error = f"{leak.kind} leak {leak.splits}: the picture of '{other.image_id}' at {other.where}"
+        gone[leak.row] = Rejected(row.image_id, row.where, "image-leak", error)
+    left = [split for i, split in enumerate(splits) if i not in gone]
+    for split in set(splits) - set(left):
+        raise DataError(f"data.leaks=drop leaves no row in split '{split}' of {source.title}; see {out / _LEAKS}")
+    checked.drop(gone)
+    return left
 
 
 def _splits(config: Config, source: Source, checked: _Checked) -> list[str]:
@@ -291,7 +371,8 @@ def _record(row: _Row, split: str, group: str, image: bytes) -> dict[str, Any]:
 def _settings(config: Config) -> dict[str, Any]:
     """The settings that the shards depend on."""
     data = config.data
-    chosen = {"splits": list(data.splits), "limit": data.limit, "rows_per_shard": data.rows_per_shard}
+    chosen = {"splits": list(data.splits), "limit": data.limit, "rows_per_shard": data.rows_per_shard,
+              "duplicates": data.duplicates, "leaks": data.leaks}  # fmt: skip
     if data.source == "shapes":
         chosen["shapes_images"] = list(data.shapes_images)
     reading = {"columns": dict(data.columns), "lang": data.lang, "report": data.report,
@@ -301,11 +382,14 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _cleaning() -> dict[str, Any]:
+    """What cleaning hangs on: a change of it makes cached shards out of date."""
     return {
-        "text": [rule.__name__ for rule in RULES],
-        "min_side_px": MIN_SIDE_PX,
-        "max_image_px": MAX_IMAGE_PX,
-        "max_aspect": MAX_ASPECT,
+        "text": [rule.name for rule in RULES],
+        "text_examples": sha256_json(ascii([rule.examples for rule in RULES]))[:16],
+        "min_side_px": images.MIN_SIDE_PX,
+        "max_image_px": images.MAX_IMAGE_PX,
+        "max_aspect": images.MAX_ASPECT,
+        "near": [duplicates.NEAR_BITS, duplicates.NEAR_SHIFT, duplicates.NEAR_MEAN, duplicates.NEAR_WORST],
     }
 
 
@@ -343,6 +427,10 @@ def _manifest(
         "groups": {split: len({g for s, g in zip(splits, groups) if s == split}) for split in SPLITS},
         "rejected": dict(sorted(dropped.items())),
         "captions_dropped": dict(sorted(captions.items())),
+        "captions_read": checked.captions_read,
+        "captions_changed": dict(sorted(checked.captions_changed.items())),
+        "duplicates": checked.duplicates,
+        "leaks": checked.leaks,
         "images_changed": dict(sorted(checked.images_changed.items())),
         "files": files,
         "content_sha256": content,
@@ -379,7 +467,7 @@ def _check_empty(out: Path) -> None:
     """Refuse a folder with files that `prepare` did not write: it would remove parquet files there."""
     if out.exists() and not out.is_dir():
         raise RunError(f"cannot write {out}: it is a file. Choose a folder.")
-    ours = (MANIFEST, REJECTED)
+    ours = (MANIFEST, REJECTED, _LEAKS)
     with _writing(out):
         files = sorted(out.iterdir()) if out.is_dir() else []
     for file in files:

@@ -6,8 +6,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from raycap.data.text_rules import caption_key
 from raycap.data.sources.base import SPLITS
+from raycap.data.text_rules import caption_key
 from raycap.errors import DataError
 
 

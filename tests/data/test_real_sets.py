@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from raycap.data.text_rules import caption_key
 from raycap.data.shards import open_shards, prepare
+from raycap.data.text_rules import caption_key
 from raycap.files import read_jsonl
 
 
@@ -28,7 +28,12 @@ def prepared(shared_data, tmp_path_factory):
 
 def test_ucm_captions(prepared):
     shards = open_shards(prepared("ucm_captions"))
-    assert shards.counts == {"train": 630, "val": 210, "test": 210} and shards.manifest["rows"]["rejected"] == 0
+    assert shards.counts == {"train": 629, "val": 210, "test": 210}
+    # Of all 1,050 photos two are the same, pixel for pixel; no picture stands in two splits, not even nearly.
+    assert shards.manifest["rejected"] == {"image-duplicate-exact": 1}
+    assert shards.manifest["duplicates"] == {"exact": 1, "near": 0} and shards.manifest["leaks"] == {}
+    (gone,) = read_jsonl(shards.folder / "rejected.jsonl")
+    assert gone["image_id"] == "airplane02.jpg" and "airplane01.jpg" in gone["error"]
     assert shards.manifest["source"]["title"] == "ucm_captions"
     assert shards.constant_caption()
 
@@ -76,7 +81,7 @@ def test_without_official_splits_they_are_drawn(shared_data, tmp_path, settings)
     rows = [{k: v for k, v in row.items() if k != "split"} for row in read_jsonl(source / "captions.jsonl")[:200]]
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     manifest = prepare(settings(folder), tmp_path / "out")
-    assert manifest["counts"] == {"train": 160, "val": 20, "test": 20}
+    assert manifest["counts"] == {"train": 159, "val": 20, "test": 20}  # the copy of airplane01 is left out
 
 
 def test_languages_are_told_apart(shared_data):

@@ -4,35 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raycap.data import clean
-from raycap.data.clean import BadImage, CheckedImage, caption_key, check_image, clean_caption
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("  a dog \t on  sand ", "a dog on sand"),
-        ("a\r\ndog\non\rsand", "a dog on sand"),
-        *((f"a{mark}dog", "a dog") for mark in "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"),
-        ("cafe\u0301", "caf\u00e9"),
-        ("\ufeffa\x00dog", "a dog"),
-        ("犬\u3000が走る", "犬 が走る"),
-        ("👩\u200d👧 smile", "👩\u200d👧 smile"),  # a joined emoji stays whole
-        (" \u2028\n ", ""),
-    ],
-)
-def test_clean_caption(before, after):
-    assert clean_caption(before) == after
-    assert clean_caption(after) == after
-
-
-def test_no_line_break_of_any_kind_survives():
-    text = "".join(f"w{chr(code)}" for code in range(0x3100) if not 0xD800 <= code < 0xE000)
-    assert len(clean_caption(text).splitlines()) == 1
-
-
-def test_caption_key_ignores_case_and_closing_stop():
-    assert caption_key("A Dog .") == caption_key("a dog") != caption_key("a dog runs")
+from raycap.data import images
+from raycap.data.images import BadImage, CheckedImage, check_image
 
 
 def saved(image, fmt="PNG", **options):
@@ -127,7 +100,7 @@ def test_decompression_bombs_are_not_decoded(monkeypatch):
     data = saved(Image.new("1", (20_000, 20_000)))  # 50 kB that say 400 million pixels
     bad = check_image(data)
     assert bad.reason == "image-size" and len(data) < 200_000
-    monkeypatch.setattr(clean, "MAX_IMAGE_PX", 1000)
+    monkeypatch.setattr(images, "MAX_IMAGE_PX", 1000)
     assert check_image(saved(photo())).reason == "image-size"
 
 
