@@ -22,6 +22,7 @@ from raycap.stop import Stopped, stoppable
 VERBS: dict[str, str] = {
     "doctor": "raycap.cli.doctor",
     "prepare": "raycap.cli.prepare",
+    "explore": "raycap.cli.explore",
     "sweep": "raycap.cli.sweep",
     "train": "raycap.cli.train",
     "evaluate": "raycap.cli.evaluate",

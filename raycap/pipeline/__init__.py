@@ -1,6 +1,6 @@
 """The main job and its parts, where the rooms of the house meet."""
 
 from raycap.pipeline.main_job import sweep, train
-from raycap.pipeline.verbs import caption, evaluate, prepare, serve
+from raycap.pipeline.verbs import caption, evaluate, explore, prepare, serve
 
-__all__ = ["caption", "evaluate", "prepare", "serve", "sweep", "train"]
+__all__ = ["caption", "evaluate", "explore", "prepare", "serve", "sweep", "train"]

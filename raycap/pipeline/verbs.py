@@ -26,6 +26,69 @@ def prepare(config: Config, out: Path, *, plain: bool = False) -> None:
         write_shards(config, out, progress.count)
 
 
+def explore(
+    config: Config,
+    out: Path,
+    *,
+    sample: int = 2000,
+    tokens: bool = True,
+    clip: str | None = None,
+    plain: bool = False,
+) -> dict[str, Any]:
+    """Describe `config.data.source`; writes explore.html and explore.json into `out`, returns what the latter holds.
+
+    `tokens` adds lengths in the tokens of `config.model`, `clip` names an open_clip model for cosines of texts.
+    """
+    from raycap.data.shards import open_shards, prepare_if_needed
+    from raycap.files import write_atomic, write_json
+    from raycap.report.explore import explore as describe
+    from raycap.report.explore_page import random_pictures, render
+    from raycap.report.live import Progress
+
+    with Progress(f"explore · {out}", plain=plain, phases=("prepare", "explore")) as progress:
+        progress.phase("prepare", f"images of '{config.data.source}'")
+        shards = open_shards(prepare_if_needed(config, progress.count))
+        progress.phase("explore", "reading captions")
+        found = describe(
+            shards,
+            seed=config.run.seed,
+            sample=sample,
+            model=_model_tokens(config) if tokens else None,
+            clip=_clip_texts(clip) if clip else None,
+            clip_name=clip or "",
+            progress=progress.count,
+        )
+        write_json(out / "explore.json", found)
+        name = config.run.name or Path(config.data.source).name
+        write_atomic(out / "explore.html", render(found, random_pictures(shards, config.run.seed), name))
+    return found
+
+
+def _model_tokens(config: Config) -> Any:
+    """The tokeniser of `config.model`."""
+    from raycap.models import load_family, resolve_path
+    from raycap.report.explore import ModelTokens
+
+    family = load_family(config.model.family)
+    processor = family.load_processor(resolve_path(config.model.path), trust_remote_code=config.model.trust_remote_code)
+    whole, _, _ = family.encode(processor, "a", config.data.prompt, config.data.max_text_tokens)
+    alone = processor.tokenizer(["a"], add_special_tokens=False)["input_ids"][0]
+
+    def encode(captions: Sequence[str]) -> list[Sequence[int]]:
+        return processor.tokenizer(list(captions), add_special_tokens=False)["input_ids"]
+
+    return ModelTokens(
+        config.model.path, encode, family.unknown_token(processor), config.data.max_text_tokens, len(whole) - len(alone)
+    )
+
+
+def _clip_texts(model: str) -> Any:
+    from raycap.models.clip_score import shared
+
+    scorer = shared(model)
+    return lambda captions: scorer.text_features(captions, prefix="")[0]
+
+
 def evaluate(
     config: Config, model: Path, *, split: str, out: Path | None = None, plain: bool = False
 ) -> dict[str, Any]:
