@@ -34,6 +34,8 @@ def find_leaks(pictures: Sequence[Picture], found: Duplicates, splits: Sequence[
     """
     members: dict[int, list[int]] = {}
     for i, first in enumerate(found.cluster):
+        if not splits[i]:  # left over where `data.splits` counts rows
+            continue
         members.setdefault(first, []).append(i)
     leaks = []
     for rows in members.values():
