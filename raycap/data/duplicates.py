@@ -21,7 +21,10 @@ NEAR_BITS = 6
 """Bits of 63 in which the hashes of nearly the same picture differ at most."""
 NEAR_SHIFT, NEAR_MEAN, NEAR_WORST = 24.0, 8.0, 48.0
 """Levels of 255 by which their thumbnails differ at most: in a colour's mean, and with that taken away on average and
-at any place."""
+at any place. In pictures of little contrast less: the bounds never exceed the standard deviation of the thumbnail, half
+and four times of it, so that plain pictures of other colours are other pictures."""
+NEAR_LEAST = 2.0
+"""Levels that rounding may cost even there."""
 _PIECES, _PIECE_BITS = 4, 16
 _BLOCK = 1 << 20
 
@@ -172,15 +175,19 @@ def _between(x: np.ndarray, y: np.ndarray, starts: np.ndarray, members: np.ndarr
 def _alike(thumbnails: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Whether the thumbnails of each pair differ little enough."""
     alike = np.empty(len(a), dtype=bool)
+    used = np.unique(np.concatenate([a, b]))
+    deviation = np.zeros(len(thumbnails))
+    deviation[used] = [thumbnails[i].std(axis=0).mean() for i in used]
     for start in range(0, len(a), 4096):
         piece = slice(start, start + 4096)
         difference = thumbnails[a[piece]].astype(np.int16) - thumbnails[b[piece]]
         shift = difference.mean(axis=1, keepdims=True)
         rest = np.abs(difference - shift)
+        contrast = np.minimum(deviation[a[piece]], deviation[b[piece]])
         alike[piece] = (
-            (np.abs(shift).max(axis=(1, 2)) <= NEAR_SHIFT)
-            & (rest.mean(axis=(1, 2)) <= NEAR_MEAN)
-            & (rest.max(axis=(1, 2)) <= NEAR_WORST)
+            (np.abs(shift).max(axis=(1, 2)) <= np.clip(contrast, NEAR_LEAST, NEAR_SHIFT))
+            & (rest.mean(axis=(1, 2)) <= np.clip(contrast / 2, NEAR_LEAST, NEAR_MEAN))
+            & (rest.max(axis=(1, 2)) <= np.clip(contrast * 4, NEAR_LEAST, NEAR_WORST))
         )
     return alike
 

@@ -74,7 +74,7 @@ def _with_spot(image):
 
 
 def test_plain_pictures_are_told_apart_by_colour():
-    looks = [look_of(Image.new("RGB", (40, 40), c)) for c in ("white", "black", "red", "#fe0000")]
+    looks = [look_of(Image.new("RGB", (40, 40), c)) for c in ("white", "black", "red", "#fe0000", "#ee0000")]
     assert [(a, b) for a, b, _ in near_pairs(looks)] == [(2, 3)]
 
 

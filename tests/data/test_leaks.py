@@ -131,3 +131,13 @@ def test_the_same_bytes_with_findings(settings, make_set, leaky, tmp_path):
     names = sorted(f.name for f in outs[0].iterdir() if not f.name.startswith("."))
     assert "leaks.jsonl" in names
     assert all((outs[0] / n).read_bytes() == (outs[1] / n).read_bytes() for n in names)
+
+
+def test_rows_that_counted_splits_leave_over_leak_nowhere(settings, make_set, tmp_path):
+    rows = [{"image": f"a{i}.png", "captions": [f"thing {i}"], "_image": scene(i)} for i in range(8)]
+    rows += [
+        {"image": f"b{i}.jpg", "captions": [f"item {i}"], "_image": scene(i, "JPEG", quality=40)} for i in range(8)
+    ]
+    manifest = prepare(settings(make_set(rows), splits=[6, 2, 2]), tmp_path / "out")
+    assert manifest["counts"] == {"train": 6, "val": 2, "test": 2} and manifest["leaks"] == {}
+    assert manifest["rows"]["read"] == 16 == sum(v for k, v in manifest["rows"].items() if k != "read")
