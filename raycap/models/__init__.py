@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from raycap.config import DataSettings, ModelSettings
     from raycap.models.base import CaptionModel, Family
 
-FAMILIES: dict[str, str] = {"git": "raycap.models.git:Git"}
+FAMILIES: dict[str, str] = {
+    "git": "raycap.models.git:Git",
+    "blip": "raycap.models.blip:Blip",
+}
 BUILTIN: dict[str, str] = {"builtin:tiny-git": "tiny/git"}
 
 

@@ -99,30 +99,57 @@ class Family(ABC):
 
     # --- images -------------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def image_size(self, processor: Any) -> tuple[int, int, int]:
         """(C, H, W) of what `resize` gives."""
+        images = processor.image_processor
+        size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
+        return 3, int(size["height"]), int(size["width"])
 
-    @abstractmethod
     def resize(self, processor: Any, image: Image.Image) -> np.ndarray:
         """uint8 [C, H, W]: what the model's processor makes of an RGB image before it rescales and normalises."""
+        made = processor.image_processor(
+            image.convert("RGB"), do_rescale=False, do_normalize=False, return_tensors="np"
+        )["pixel_values"][0]
+        return np.ascontiguousarray(np.clip(np.round(made), 0, 255).astype(np.uint8))
 
-    @abstractmethod
     def pixel_values(self, processor: Any, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, C, H, W] -> what the processor would hand the model, float32."""
+        """uint8 [n, C, H, W] -> what the processor would hand the model, float32, by image along the first axis."""
+        off = {name: False for name in ("do_resize", "do_center_crop") if hasattr(processor.image_processor, name)}
+        return processor.image_processor(pixels, **off, return_tensors="pt")["pixel_values"]
 
-    @abstractmethod
     def encode_images(self, cm: CaptionModel, pixel_values: torch.Tensor) -> torch.Tensor:
         """The tower's features [n, N, D], in its own dtype, without gradients or dropout."""
+        tower = self.tower(cm.model)
+        with evaluating(tower):
+            return tower(pixel_values.to(cm.device, float_dtype(tower))).last_hidden_state
 
     # --- text ---------------------------------------------------------------------------------------------------------
 
     @abstractmethod
+    def head(self, processor: Any, prompt: str) -> list[int]:
+        """Token ids that stand before every caption: start token and prompt. None of them is learnt."""
+
+    def end_token(self, processor: Any) -> int:
+        """Ends every caption, and is learnt."""
+        return processor.tokenizer.eos_token_id
+
+    def body(self, processor: Any, caption: str, prompt: str) -> list[int]:
+        """Token ids of the caption itself."""
+        return processor.tokenizer(caption, add_special_tokens=False)["input_ids"]
+
     def encode(self, processor: Any, caption: str, prompt: str, max_tokens: int) -> tuple[list[int], int, bool]:
         """(token ids from the first to the end token, how many lead without a label, whether the caption was cut).
 
         The end token is always there, and learnt. Raises ConfigError where `max_tokens` leaves no room for a caption.
         """
+        head, body = self.head(processor, prompt), self.body(processor, caption, prompt)
+        room = max_tokens - len(head) - 1
+        if room < 1:
+            raise ConfigError(
+                f"data.max_text_tokens={max_tokens} leaves no room for a caption: the prompt and the start and end "
+                f"tokens are {len(head) + 1} tokens"
+            )
+        return [*head, *body[:room], self.end_token(processor)], len(head), len(body) > room
 
     def unknown_token(self, processor: Any) -> int | None:
         return getattr(processor.tokenizer, "unk_token_id", None)
@@ -198,6 +225,16 @@ def head_at_labels(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) 
     rows, places = torch.nonzero(following != IGNORED, as_tuple=True)
     picked = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + places)
     return LabelLogits(head(picked), following[rows, places], rows)
+
+
+def float_dtype(module: nn.Module) -> torch.dtype:
+    """What `module` computes in: the dtype of its first parameter that is not packed into integers."""
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+
+def tiled(images: torch.Tensor, rows: int) -> torch.Tensor:
+    """[n, ...] -> [rows, ...], row i being image i modulo n."""
+    return images if len(images) == rows else images.repeat(rows // len(images), *[1] * (images.dim() - 1))
 
 
 def generate_options(decode: DecodeSettings) -> dict[str, Any]:

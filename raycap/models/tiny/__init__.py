@@ -1,1 +1,39 @@
-"""The tiny GIT that ships with raycap, and what builds it and models like it."""
+"""Tiny models by family: random weights of the same transformers classes as the real ones, in the hub's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+
+from raycap.errors import ConfigError, did_you_mean
+
+TWINS: dict[str, str] = {
+    "git": "raycap.models.tiny.twins:git",
+    "blip": "raycap.models.tiny.twins:blip",
+}
+"""Family, or family:variant -> builder(folder, captions, dropout)."""
+
+
+def build_twin(
+    name: str, folder: Path | str, *, captions: Iterable[str] = (), dropout: float = 0.0, seed: int = 0
+) -> Path:
+    """Write a tiny model of family `name` ("family" or "family:variant") into `folder`; seconds on a CPU.
+
+    Words of `captions` become whole tokens where the vocabulary has room. `dropout` is the base's own. Weights depend
+    on `seed` alone, and are large enough that every module matters.
+
+    Raises:
+        ConfigError: there is no such twin.
+    """
+    if name not in TWINS:
+        raise ConfigError(f"there is no tiny model of '{name}'; {did_you_mean(name, TWINS)}")
+    import torch
+
+    module, _, attribute = TWINS[name].partition(":")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        getattr(import_module(module), attribute)(folder, list(captions), dropout)
+    return folder

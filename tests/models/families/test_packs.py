@@ -1,0 +1,135 @@
+"""Packs of every family: equal to plain peft, NF4 kept dequantised bitwise the same, adapters out and in, base as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
+
+from raycap.config import DecodeSettings
+from raycap.models.lora import start
+
+STEPS = 4
+SCHEDULES = {
+    "constant": lambda o, s: get_constant_schedule_with_warmup(o, s.warmup_steps),
+    "cosine": lambda o, s: get_cosine_schedule_with_warmup(o, s.warmup_steps, s.steps),
+    "linear": lambda o, s: get_linear_schedule_with_warmup(o, s.warmup_steps, s.steps),
+}
+BEAMS = DecodeSettings(max_new_tokens=6, num_beams=2, batch=8)
+
+
+def train_with_peft(cm, engine, spec, steps):
+    """(losses, peft model) of one trial by peft, torch's AdamW, transformers' schedule and torch's cross-entropy."""
+    targets = engine.cm.family.match_targets(engine.linears, "language", spec.targets)
+    peft = get_peft_model(cm.model, LoraConfig(r=spec.r, lora_alpha=spec.alpha, target_modules=targets))
+    own = {n: p for n, p in peft.named_parameters() if p.requires_grad}
+    begin = start(spec, {t: engine.shapes[t] for t in targets})
+    with torch.no_grad():
+        for name, p in own.items():
+            path = name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
+            p.data = begin[path][0 if ".lora_A." in name else 1].to(cm.compute_dtype)
+    optimiser = torch.optim.AdamW(
+        own.values(), lr=spec.lr, betas=(spec.beta1, spec.beta2), weight_decay=spec.weight_decay
+    )
+    schedule, store, losses = SCHEDULES[spec.schedule](optimiser, spec), engine.stores["train"], []
+    peft.train()
+    for step in range(steps):
+        pairs = engine.pairs(spec.captions, step)
+        text = engine.validator.text(store, pairs)
+        pixels = cm.family.pixel_values(cm.processor, torch.from_numpy(store.pixels(pairs[:, 0])))
+        found = cm.family.label_logits(cm, text, pixels.to(cm.compute_dtype))
+        loss = torch.nn.functional.cross_entropy(found.logits, found.labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(own.values(), spec.max_grad_norm)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    return losses, peft
+
+
+def weights_of(peft):
+    found = {}
+    for name, p in peft.named_parameters():
+        if ".lora_A." in name:
+            path = name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
+            found[path] = (p.detach(), peft.get_parameter(name.replace(".lora_A.", ".lora_B.")).detach())
+    return found
+
+
+def test_packed_equals_plain_peft_in_fp64(case, settings, plain, make_engine, trials, tmp_path):
+    """Losses, weights, captions by beams; and the adapter that a slot leaves is one that plain peft reads."""
+    config = settings(case, train__weight_decay=0.01, train__max_grad_norm=0.5, decode__num_beams=2)
+    engine = make_engine(plain(case), config)
+    specs = trials(config)
+    specs[2] = trials(config, **{"lora.targets": list(case.targets[:1])})[2]  # others' modules are not its own
+    for spec in specs:
+        engine.admit(spec)
+    losses = {}
+    for _ in range(STEPS):
+        for trial_id, result in engine.step().items():
+            losses.setdefault(trial_id, []).append(result.loss)
+    assert len(engine.active) == 3
+    packed = {t: list(r.captions.values()) for t, r in engine.evaluate(engine.active).items()}
+    zero_shot = list(engine.zero_shot("val").values())
+    for spec in specs:
+        cm = plain(case)
+        alone, peft = train_with_peft(cm, engine, spec, STEPS)
+        assert losses[spec.trial_id] == pytest.approx(alone, rel=1e-9, abs=0), spec.trial_id
+        value, theirs = engine.state(spec.trial_id)["value"], weights_of(peft)
+        assert set(value) == set(theirs)
+        for path, pair in value.items():
+            for mine, other in zip(pair, theirs[path]):
+                assert torch.allclose(mine, other, rtol=1e-9, atol=1e-11), (spec.trial_id, path)
+        peft.eval()
+        store = engine.stores["val"]
+        pixels = cm.family.pixel_values(cm.processor, torch.from_numpy(store.pixels(engine.validator.rows(store))))
+        assert packed[spec.trial_id] == cm.family.generate(cm, pixels.to(cm.compute_dtype), config.decode)
+    assert len({tuple(c) for c in [*packed.values(), zero_shot]}) > 1  # the adapters speak
+    # Out: what a slot leaves loads in plain peft and says the same; and in again.
+    folder = engine.export("t0", tmp_path / "adapter", which="last")
+    cm = plain(case)
+    read = PeftModel.from_pretrained(cm.model, str(folder)).eval()
+    value = engine.state("t0")["value"]
+    for path, pair in weights_of(read).items():
+        assert all(torch.equal(a.double(), b.to(a.dtype).double()) for a, b in zip(pair, value[path]))
+    engine.admit_adapter(dataclasses.replace(specs[0], trial_id="again"), folder)
+    again = engine.evaluate(["again"])["again"].captions
+    assert list(again.values()) == packed["t0"]
+
+
+def fingerprint(model):
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.replace(".base.", ".").encode())
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_materialised_is_bitwise_the_same_and_the_base_stays_as_it_was(
+    case, settings, load, make_engine, trials, dtype
+):
+    config, found = settings(case), {}
+    for materialise in (False, True):
+        cm = load(case, dtype, model__materialise=materialise)
+        before = fingerprint(cm.model)
+        engine = make_engine(cm, config)
+        for spec in trials(config, 2, **{"lora.dropout": 0.1}):
+            engine.admit(spec)
+        losses = [[r.loss for r in engine.step().values()] for _ in range(2)]
+        captions = {t: r.captions for t, r in engine.evaluate(engine.active).items()}
+        losses += [[r.loss for r in engine.step().values()]]
+        engine.close()
+        assert fingerprint(cm.model) == before
+        found[materialise] = losses, captions
+    assert found[True] == found[False]
+    assert all(b != a for a, b in zip(found[True][0][0], found[True][0][-1]))
