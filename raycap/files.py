@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -33,7 +34,7 @@ def write_atomic(path: Path | str, data: str | bytes) -> Path:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}. What was there before is unchanged.") from error
+        raise RunError(f"cannot write {path}: {unwritten(error)} What was there before is unchanged.") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
     return path
@@ -70,9 +71,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         raise RunError(f"cannot write {path}: {error.strerror}. Choose a folder you may write to.") from error
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync_file(file)
+        sync_tree(temporary)
         if path.exists():
             # Two renames, not one: a crash between them leaves the old folder under a name that says so.
             old = path.with_name(f".{path.name}.old")
@@ -83,8 +82,43 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         else:
             os.replace(temporary, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {unwritten(error)} What was there before is unchanged.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def unwritten(error: OSError) -> str:
+    """Why a write failed and, where a person can help it, what to do: sentences that end with a full stop."""
+    told = f"{error.strerror or error}."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        told += " Make room on that disk, then go on (a run: with --resume)."
+    return told
+
+
+def read_whole(path: Path | str) -> Any:
+    """The JSON in `path`; None where there is none, or what a power cut left of it."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+def set_aside(path: Path) -> None:
+    """Rename what is damaged to <name>.damaged, so that a person can look at it and nobody reads it again."""
+    try:
+        os.replace(path, path.with_name(f"{path.name}.damaged"))
+    except FileNotFoundError:
+        pass
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring every file under `folder`, and the names of them, to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            _sync_folder(path)
+        elif path.is_file():
+            _sync_file(path)
 
 
 def sha256_file(path: Path | str) -> str:

@@ -70,7 +70,9 @@ def _jsonable(value: Any) -> Any:
 
 
 def is_run(folder: Path | str) -> bool:
-    return (Path(folder) / "config.yaml").is_file()
+    from raycap.report.ledger import mend_config
+
+    return mend_config(folder)
 
 
 def run_config(folder: Path, settings: Sequence[str] = ()) -> Config:

@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return dry_run(config, as_json=args.json)
     if args.resume:
-        from raycap.report.runs import load_run
+        from raycap.report.ledger import run_status
 
-        if load_run(config.run.dir).finished:
+        if run_status(config.run.dir) == "finished":
             return finished(Path(config.run.dir), as_json=args.json)
     from raycap.pipeline import sweep
 

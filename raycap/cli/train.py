@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.resume:
         config = resumed_config(args.preset, args.settings)
-        from raycap.report.runs import load_run
+        from raycap.report.ledger import run_status
 
-        if load_run(config.run.dir).finished:
+        if run_status(config.run.dir) == "finished":
             return finished(Path(config.run.dir), as_json=args.json)
     else:
         tree = new_config(args.preset, args.settings).to_dict()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from raycap.errors import RunError
-from raycap.files import read_json, write_json
+from raycap.files import read_whole, write_json
 
 
 def make_files(folder: Path, layout: Mapping[str, Any]) -> None:
@@ -24,8 +24,7 @@ def make_files(folder: Path, layout: Mapping[str, Any]) -> None:
         "ready": ((len(layout["image_ids"]),), np.uint8),
     }
     try:
-        known = (folder / "layout.json").is_file() and read_json(folder / "layout.json") == layout
-        if known:
+        if read_whole(folder / "layout.json") == layout and _whole(folder, arrays):
             # In place, not anew: a process that followed the dead filler keeps its maps, and sees rows become ready.
             np.load(folder / "ready.npy", mmap_mode="r+")[:] = 0
             return
@@ -37,6 +36,14 @@ def make_files(folder: Path, layout: Mapping[str, Any]) -> None:
         raise RunError(
             f"cannot write {folder}: {error.strerror}. Free space, or choose another run.cache_dir."
         ) from error
+
+
+def _whole(folder: Path, arrays: Mapping[str, Any]) -> bool:
+    """Whether every array file has the size that its header promises."""
+    try:
+        return all(np.load(folder / f"{n}.npy", mmap_mode="r").shape == shape for n, (shape, _) in arrays.items())
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def allocate(file: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:

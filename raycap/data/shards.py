@@ -121,12 +121,21 @@ def prepare_if_needed(config: Config, progress: Progress | None = None) -> Path 
     key = sha256_json({"settings": _settings(config), "cleaning": _cleaning(), "source": name,
                        "content": source.fingerprint()})[:16]  # fmt: skip
     folder = config.cache_dir / "data" / f"{name}-{key}"
-    if not (folder / MANIFEST).is_file():
+    if not _opens(folder):
         with FileLock(folder / _LOCK):
-            if not (folder / MANIFEST).is_file():  # nobody finished it while we waited
+            if not _opens(folder):  # nobody finished it while we waited
                 _prepare(config, source, folder, progress)
     open_shards(folder)
     return folder
+
+
+def _opens(folder: Path) -> bool:
+    """Whether a folder of the cache is finished and whole; one that a power loss cut short is prepared again."""
+    try:
+        open_shards(folder)
+    except DataError:
+        return False
+    return True
 
 
 def _prepare(config: Config, source: Source, out: Path, progress: Progress | None) -> Manifest:

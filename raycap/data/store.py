@@ -111,7 +111,10 @@ class Store:
             layout["clip_scores"] = [[float(s) for s in clip_scores[i][0]] for i in image_ids]
             layout["selected"] = [int(clip_scores[i][1]) for i in image_ids]
         if (folder / "manifest.json").is_file():
-            return cls.open(folder)._check_layout(layout)
+            try:
+                return cls.open(folder)._check_layout(layout)
+            except (OSError, ValueError, KeyError, TypeError, EOFError):  # cut short by a power loss: filled anew
+                (folder / "manifest.json").unlink(missing_ok=True)
         lock = FileLock(folder / ".lock")
         began = time.monotonic()
         while True:

@@ -16,7 +16,7 @@ import yaml
 from raycap.config import Config
 from raycap.data.lock import FileLock
 from raycap.errors import RunError
-from raycap.files import read_json, write_atomic, write_json, write_jsonl
+from raycap.files import read_json, read_whole, set_aside, write_atomic, write_json, write_jsonl
 from raycap.report.provenance import commit, versions
 
 RUN_JSON, CONFIG, TRIALS, METRICS, GATE, REPORT = (
@@ -27,6 +27,7 @@ CURVES = "plots/trials.json"
 CLOCK = "checkpoints/clock.json"
 """Seconds by phase so far, so that a resumed run adds to them."""
 LOCK = "checkpoints/.lock"
+PLAN = "checkpoints/plan.json"
 TRIAL_COLUMNS = (
     "trial_id", "state", "rank", "alpha", "scale", "lr", "dropout", "targets", "steps", "rung",
     "val_loss", "cider", "cider_se", "seconds", "reason", "captions",
@@ -73,7 +74,8 @@ class Ledger:
         self.command = command
         self.metrics = read_metrics(folder / METRICS)
         self._lock = lock
-        self._clock: dict[str, float] = read_json(folder / CLOCK) if (folder / CLOCK).is_file() else {}
+        clock = read_whole(folder / CLOCK)
+        self._clock: dict[str, float] = clock if isinstance(clock, dict) else {}
 
     @classmethod
     def create(cls, config: Config, folder: Path | str | None = None, *, command: str = "") -> Ledger:
@@ -94,14 +96,14 @@ class Ledger:
             RunError: no run is there, it is finished, or another process works on it.
         """
         folder = Path(folder)
-        if not (folder / CONFIG).is_file():
+        if not mend_config(folder):
             raise RunError(
                 f"{folder} holds no run to resume: there is no {CONFIG}. Start one with `raycap sweep PRESET`."
             )
         lock = _hold(folder)
         entry = folder / RUN_JSON
         if entry.is_file():
-            if _status(folder) == "finished":
+            if run_status(folder) == "finished":
                 lock.release()
                 raise RunError(f"{folder} is finished: its entry is never overwritten. Look at {folder / REPORT}.")
             number = 1
@@ -225,12 +227,14 @@ def metric_rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def read_metrics(path: Path) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """metrics[split][variant][metric] from a metrics.csv; empty when there is none."""
     found: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
-    if path.is_file():
+    try:
         with open(path, encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 score = float(row["score"]) if row["score"] else None
                 variants = found.setdefault(row["split"], {}).setdefault(row["variant"], {})
                 variants[row["metric"]] = {"score": score, "signature": row["signature"]}
+    except (FileNotFoundError, ValueError, KeyError, csv.Error):
+        pass  # what a crash cut short is scored again
     return found
 
 
@@ -264,7 +268,7 @@ def _refuse_taken(folder: Path) -> None:
         return
     elsewhere = "choose another folder with run.dir=..."
     go_on = f"go on with it by `raycap sweep --resume {folder}`, or {elsewhere}"
-    status = _status(folder)
+    status = run_status(folder)
     if status == "finished":
         raise RunError(
             f"run.dir={folder} holds a finished run, which is never overwritten: {elsewhere}, "
@@ -277,14 +281,31 @@ def _refuse_taken(folder: Path) -> None:
     raise RunError(f"run.dir={folder} is not empty and holds no run: {elsewhere}.")
 
 
-def _status(folder: Path) -> str:
-    """Of the run's entry: an entry that cannot be read is kept from harm like a finished one; empty without one."""
-    if not (folder / RUN_JSON).is_file():
+def run_status(folder: Path | str) -> str:
+    """Of the run's entry; `damaged` for one that cannot be read, empty without one."""
+    if not (Path(folder) / RUN_JSON).is_file():
         return ""
     try:
-        return read_json(folder / RUN_JSON)["status"]
+        return read_json(Path(folder) / RUN_JSON)["status"]
     except (OSError, ValueError, KeyError, TypeError):
-        return "finished"
+        return "damaged"
+
+
+def mend_config(folder: Path | str) -> bool:
+    """Whether a run's settings are there. Those that were lost or cut short come back from the sweep's plan."""
+    folder = Path(folder)
+    plan = read_whole(folder / PLAN)
+    kept = plan.get("config") if isinstance(plan, dict) else None
+    if isinstance(kept, dict):
+        try:
+            found = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+            whole = all(set(found[section]) >= set(values) for section, values in kept.items())
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            whole = False
+        if not whole:
+            set_aside(folder / CONFIG)
+            write_atomic(folder / CONFIG, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+    return (folder / CONFIG).is_file()
 
 
 def _make(folder: Path) -> bool:

@@ -76,7 +76,10 @@ def load_run(folder: Path | str) -> Run:
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise RunError(f"{folder} is no run folder: there is no {CONFIG} in it")
-    entry = read_json(folder / RUN_JSON) if (folder / RUN_JSON).is_file() else {}
+    try:
+        entry = read_json(folder / RUN_JSON) if (folder / RUN_JSON).is_file() else {}
+    except ValueError:
+        entry = {"status": "damaged"}
     return Run(
         folder=folder,
         config=yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {},

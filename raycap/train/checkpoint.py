@@ -18,7 +18,7 @@ TENSORS = ("value", "m", "v", "best")
 
 def save(folder: Path | str, states: Mapping[str, Mapping[str, Any]]) -> Path:
     """Write `states` (trial id -> PackEngine.state) as one folder, whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as to_bytes
 
     with atomic_folder(folder) as temporary:
         for trial_id, state in states.items():
@@ -28,7 +28,8 @@ def save(folder: Path | str, states: Mapping[str, Mapping[str, Any]]) -> Path:
                     for name, tensor in zip("AB", pair):
                         # A copy: the best weights may be the present ones, and safetensors refuses shared memory.
                         tensors[f"{kind}/{path}/{name}"] = tensor.detach().cpu().clone(memory_format=_CONTIGUOUS)
-            save_file(tensors, temporary / f"{trial_id}.safetensors")
+            # Not by save_file, which hides a full disk behind an error of its own.
+            (temporary / f"{trial_id}.safetensors").write_bytes(to_bytes(tensors))
             write_json(temporary / f"{trial_id}.json", {k: v for k, v in state.items() if k not in TENSORS})
         write_json(temporary / "manifest.json", {"trials": list(states)})
     return Path(folder)

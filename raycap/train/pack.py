@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from raycap.errors import RunError
-from raycap.files import atomic_folder, read_json, write_json
-from raycap.train.record import TrialRecord
+from raycap.files import atomic_folder, unwritten, write_json
+from raycap.train.record import TrialRecord, read_ended, write_ended
 from raycap.trial import TrialSpec
 
 EXCHANGE_S = 1.0
@@ -146,9 +146,8 @@ class Pack:
             self.engine.admit(slot.spec, states[trial_id])
             if slot.cohort:
                 self.engine.pause(trial_id)
-        for file in sorted(self.adapters.glob("*/trial.json")):
-            if file.parent.name not in self.slots and not file.parent.name.startswith("."):
-                self.ended[file.parent.name] = read_json(file)
+        ended = read_ended(self.adapters)
+        self.ended = {t: record.to_dict() for t, record in ended.items() if t not in self.slots}
         if self.slots:
             self.log("resumed " + ", ".join(f"{t} at step {s.record.steps}" for t, s in self.slots.items()))
 
@@ -196,7 +195,7 @@ class Pack:
             if slot.record.best_step:
                 self.engine.export(trial_id, folder, which="best")
                 write_json(folder / "val_captions.json", slot.captions)
-            write_json(folder / "trial.json", slot.record.to_dict())
+            write_ended(folder, slot.record)
         self.engine.release(trial_id)
         self.ended[trial_id] = slot.record.to_dict()
         del self.slots[trial_id]
@@ -301,8 +300,9 @@ class Pack:
         try:
             self.keeper.save(meta, {t: self.engine.state(t) for t in self.slots})
         except OSError as error:
+            where = error.filename or "the run folder or the temporary folder"
             raise RunError(
-                f"cannot write a checkpoint: {error}. The last one is unchanged: make room, then use --resume."
+                f"cannot write a checkpoint to {where}: {unwritten(error)} The last checkpoint is unchanged."
             ) from error
         self.saved_at, self.unsaved = self.clock(), False
         self.log(f"checkpoint ({why}) in {self.saved_at - before:.2f} s: " + (_positions(self.slots) or "no trial"))

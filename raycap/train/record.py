@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from raycap.files import read_json, read_whole, sha256_file, write_json
 from raycap.trial import TrialSpec
 
+ENDED = "trial.json"
 FINAL_STATES = ("finished", "stopped", "diverged", "failed")
 
 
@@ -72,3 +75,35 @@ class TrialRecord:
         """The figure that picks the best trial, larger is better; None when there is none."""
         value = self.cider if select_by == "cider" else self.val_loss
         return None if value is None or value != value else (value if select_by == "cider" else -value)
+
+
+def write_ended(folder: Path, record: TrialRecord) -> None:
+    """trial.json, the last file of an ended trial's folder: its record, and the hash of every file beside it."""
+    files = {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.is_file()}
+    write_json(folder / ENDED, {**record.to_dict(), "files": files})
+
+
+def read_ended(adapters: Path) -> dict[str, TrialRecord]:
+    """The ended trials under `adapters`. A folder that is not what was written counts as none: the trial is not ended."""
+    found = {}
+    for file in sorted(adapters.glob(f"[!.]*/{ENDED}")):
+        try:
+            values = read_json(file)
+            if all(sha256_file(file.parent / name) == digest for name, digest in values["files"].items()):
+                found[file.parent.name] = TrialRecord.from_dict(values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return found
+
+
+def read_records(run_dir: Path) -> dict[str, TrialRecord]:
+    """What is known of the trials of a run: the driver's record, and over it the folders of ended trials."""
+    known: dict[str, TrialRecord] = {}
+    try:
+        summary = read_whole(run_dir / "checkpoints" / "trials.json") or {"trials": []}
+        rows = [TrialRecord.from_dict(row) for row in summary["trials"]]
+        # Ended without a whole folder: damaged since. Its pack's checkpoint has it, or it is trained again.
+        known = {r.trial_id: r for r in rows if not r.ended or r.state == "failed"}
+    except (KeyError, TypeError, AttributeError):
+        pass  # another version's, or damaged: the packs say it all again
+    return {**known, **read_ended(run_dir / "checkpoints" / "adapters")}

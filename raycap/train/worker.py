@@ -20,8 +20,9 @@ from typing import Any
 
 from raycap.cluster import usable_cores
 from raycap.config import Config, from_dict
-from raycap.errors import ModelError, RaycapError
-from raycap.files import read_json, sha256_file, write_json
+from raycap.data.lock import FileLock
+from raycap.errors import ModelError, RaycapError, RunError
+from raycap.files import read_json, sha256_file, sync_tree, write_json
 from raycap.train.pack import Pack
 
 ENGINE = "raycap.train.worker:build_engine"
@@ -29,6 +30,8 @@ ENGINE = "raycap.train.worker:build_engine"
 META = "pack.json"
 WATCH_S = 3.0
 """Time between a worker's questions whether its pack is still its own."""
+ORPHAN_S = 60.0
+"""How long a worker waits for one of the same pack that outlived its driver or controller; it leaves within WATCH_S."""
 
 
 def pack_loop(job: dict[str, Any]) -> None:
@@ -45,8 +48,9 @@ def pack_loop(job: dict[str, Any]) -> None:
     board = ray.get_actor(job["board"], namespace=job["namespace"])
     with _log_file(run_dir / "logs" / f"{name}.log") as log:
         log(f"{name} starts: pid {os.getpid()} on {socket.gethostname()}, parent {os.getppid()}")
-        feed = None
+        feed = lock = None
         try:
+            lock = sole_worker(run_dir / "checkpoints" / "train" / f"{name}.lock", log)
             build = load_attribute(job.get("engine") or ENGINE)
             engine, checkpoints, feed = build(config, job, log)
             link = BoardLink(board, name)
@@ -69,6 +73,26 @@ def pack_loop(job: dict[str, Any]) -> None:
             if said is None:
                 raise
             ray.get(board.fail.remote(type(said).__name__, said.message))
+        finally:
+            if lock is not None:
+                lock.release()
+
+
+def sole_worker(path: Path, log: Callable[[str], None], patience_s: float = ORPHAN_S) -> FileLock:
+    """The lock that a pack's worker holds while it lives: two of them never write the same checkpoints and adapters.
+
+    Raises:
+        RunError: another worker of this pack lives on.
+    """
+    lock, deadline, told = FileLock(path), time.monotonic() + patience_s, ""
+    while not lock.try_acquire():
+        if time.monotonic() > deadline:
+            raise RunError(f"{lock.holder} still trains in {path.parent}. End it, then use --resume.")
+        if not told:
+            told = lock.holder
+            log(f"waits for {told}, an earlier worker of this pack, to leave")
+        time.sleep(0.2)
+    return lock
 
 
 class BoardLink:
@@ -151,7 +175,7 @@ class TrainKeeper:
                 if sha256_file(folder / name) != digest:
                     raise ValueError(f"{name} is not what was written")
             states = self.checkpoints.load(folder / "states") if meta["slots"] else {}
-        except (OSError, ValueError, KeyError, RaycapError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RaycapError) as error:
             self.log(f"checkpoint {folder.name} is damaged ({error}); looking for an older one")
             return None
         self.saves = meta["saves"]
@@ -161,6 +185,7 @@ class TrainKeeper:
         import ray.train
 
         self.saves += 1
+        before = set(self.storage.glob("checkpoint_*"))
         folder = Path(tempfile.mkdtemp(prefix="raycap-checkpoint-"))
         try:
             if states:
@@ -168,6 +193,12 @@ class TrainKeeper:
             files = {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
             write_json(folder / META, {**meta, "saves": self.saves, "files": files})
             ray.train.report({"saves": self.saves}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            for new in set(self.storage.glob("checkpoint_*")) - before:
+                sync_tree(new)  # Train only copies: without this a power cut could take it and the one before
+        except OSError:
+            for torn in set(self.storage.glob("checkpoint_*")) - before:
+                shutil.rmtree(torn, ignore_errors=True)  # a full disk has no room for half a checkpoint
+            raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -205,9 +236,11 @@ def _log_file(path: Path) -> Iterator[Callable[[str], None]]:
         def log(line: str) -> None:
             with lock:
                 now = time.time()
-                file.write(
-                    f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d} {line}\n"
-                )
+                stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d}"
+                try:
+                    file.write(f"{stamp} {line}\n")
+                except OSError:
+                    pass  # a full disk: what matters is said to the board
 
         yield log
 

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raycap.files import read_json
-from raycap.train.record import TrialRecord
+from raycap.files import read_whole
+from raycap.train.record import read_records
 from raycap.trial import TrialSpec
 from raycap.tune.board import Board
 from raycap.tune.gauges import Gauges
@@ -21,7 +21,7 @@ class BoardActor:
     def __init__(self, plan: dict[str, Any]):
         run_dir = Path(plan["run_dir"])
         ledger = run_dir / "checkpoints" / "rungs.json"
-        verdicts = read_json(ledger)["verdicts"] if ledger.is_file() else {}
+        verdicts = (read_whole(ledger) or {}).get("verdicts", {})
         self.board = Board(
             [TrialSpec.from_dict(values) for values in plan["trials"]],
             rungs=plan["rungs"],
@@ -115,14 +115,3 @@ class BoardActor:
                 await asyncio.wait_for(self._changed.wait(), min(left, 1.0))
             except TimeoutError:
                 pass
-
-
-def read_records(run_dir: Path) -> dict[str, TrialRecord]:
-    """What is known of the trials of a run: the driver's record, and over it the folders of ended trials."""
-    known: dict[str, TrialRecord] = {}
-    summary = run_dir / "checkpoints" / "trials.json"
-    if summary.is_file():
-        known = {row["trial_id"]: TrialRecord.from_dict(row) for row in read_json(summary)["trials"]}
-    for file in (run_dir / "checkpoints" / "adapters").glob("[!.]*/trial.json"):
-        known[file.parent.name] = TrialRecord.from_dict(read_json(file))
-    return known

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 
 from raycap.config import Config
 from raycap.errors import RunError
-from raycap.files import read_json, write_json
+from raycap.files import read_whole, set_aside, write_json
+from raycap.train.record import TrialRecord
 
 Verdict = dict[str, str]
 """{"action": "go" | "stop", "state": "" | "finished" | "stopped" | "diverged", "reason": a clause for people}"""
@@ -50,6 +51,7 @@ class RungLedger:
         eta: int,
         select_by: Literal["cider", "val_loss"],
         halving: bool = True,
+        records: Mapping[str, TrialRecord] | None = None,
     ):
         self.path = Path(path) if path else None
         self.rungs = list(steps)
@@ -59,8 +61,9 @@ class RungLedger:
         self.select_by = select_by
         self.scores: dict[int, dict[str, float | None]] = {}
         self.verdicts: dict[int, dict[str, Verdict]] = {}
-        if self.path and self.path.is_file():
-            self._read()
+        self.notes: list[str] = []
+        if self.path:
+            self._read(records or {})
 
     def judge(self, step: int, cohort: Mapping[str, float | None]) -> dict[str, Verdict]:
         """Verdicts for trials that reached `step` together.
@@ -70,24 +73,26 @@ class RungLedger:
         a place). A score that is
         missing or NaN stops its trial and takes no part in the comparison.
         """
-        known = self.verdicts.setdefault(step, {})
+        known = self.verdicts.get(step, {})
         fresh = {trial: score for trial, score in cohort.items() if trial not in known}
         if fresh:
-            scores = self.scores.setdefault(step, {})
-            scores.update({t: None if s is None or not math.isfinite(s) else float(s) for t, s in fresh.items()})
-            known.update({trial: self._verdict(step, trial) for trial in fresh})
-            self._write()
+            found = {t: None if s is None or not math.isfinite(s) else float(s) for t, s in fresh.items()}
+            scores = {**self.scores.get(step, {}), **found}
+            known = {**known, **{trial: self._verdict(step, trial, scores) for trial in fresh}}
+            # Ours only once they are on disk: a full one must not leave a verdict that nobody will find again.
+            self._write({**self.scores, step: scores}, {**self.verdicts, step: known})
+            self.scores[step], self.verdicts[step] = scores, known
         return {trial: known[trial] for trial in cohort}
 
-    def _verdict(self, step: int, trial: str) -> Verdict:
-        score = self.scores[step][trial]
+    def _verdict(self, step: int, trial: str, scores: Mapping[str, float | None]) -> Verdict:
+        score = scores[trial]
         if score is None:
             return {"action": "stop", "state": "diverged", "reason": f"no finite score at step {step}"}
         if step >= self.rungs[-1]:
             return {"action": "stop", "state": "finished", "reason": ""}
         if not self.halving or step not in self.rungs:
             return {"action": "go", "state": "", "reason": ""}
-        others = [s for s in self.scores[step].values() if s is not None]
+        others = [s for s in scores.values() if s is not None]
         place = 1 + sum(self.sign * s > self.sign * score for s in others)
         if place <= max(1, len(others) // self.eta):
             return {"action": "go", "state": "", "reason": ""}
@@ -99,20 +104,58 @@ class RungLedger:
     def _settings(self) -> dict[str, Any]:
         return {"rungs": self.rungs, "eta": self.eta, "select_by": self.select_by, "halving": self.halving}
 
-    def _write(self) -> None:
+    def _write(self, scores: Mapping[int, Any], verdicts: Mapping[int, Any]) -> None:
         if self.path:
-            write_json(self.path, {**self._settings(), "scores": self.scores, "verdicts": self.verdicts})
+            write_json(self.path, {**self._settings(), "scores": scores, "verdicts": verdicts})
 
-    def _read(self) -> None:
-        found = read_json(self.path)
+    def _read(self, records: Mapping[str, TrialRecord]) -> None:
+        found = read_whole(self.path)
+        try:
+            scores = {int(step): dict(scores) for step, scores in found["scores"].items()}
+            verdicts = {int(step): dict(verdicts) for step, verdicts in found["verdicts"].items()}
+        except (TypeError, KeyError, ValueError, AttributeError):
+            self._rebuild(records)
+            return
         for key, wanted in self._settings().items():
             if found.get(key) != wanted:
                 raise RunError(
                     f"{self.path} was written with {key}={found.get(key)}, this run has {wanted}. "
                     "Resume with the settings of the interrupted run, or choose another run.dir."
                 )
-        self.scores = {int(step): dict(scores) for step, scores in found["scores"].items()}
-        self.verdicts = {int(step): dict(verdicts) for step, verdicts in found["verdicts"].items()}
+        self.scores, self.verdicts = scores, verdicts
+
+    def _rebuild(self, records: Mapping[str, TrialRecord]) -> None:
+        """The file is gone or damaged: read the rungs out of the trials' own learning curves."""
+        if any(record.curve for record in records.values()):
+            set_aside(self.path)
+            self.notes.append(f"{self.path.name} was gone or damaged: the rungs were read from the trials' records")
+            self.learn(records.values())
+
+    def learn(self, records: Iterable[TrialRecord]) -> None:
+        """After the loss of the file: verdicts that trials acted on. Does nothing while the file was never lost.
+
+        A trial that has left a rung behind had the verdict to go; one that ended there was stopped. One that waits at a
+        rung is left out: its pack reports the cohort again, and the same scores give the same verdict.
+        """
+        if not self.notes:
+            return
+        news = False
+        for record in sorted(records, key=lambda r: r.trial_id):
+            for point in record.curve:
+                step = int(point["step"])
+                if record.trial_id in self.verdicts.get(step, {}):
+                    continue
+                if record.steps > step or (record.steps == step and record.state == "running"):
+                    verdict = {"action": "go", "state": "", "reason": ""}
+                elif record.ended:
+                    verdict = {"action": "stop", "state": record.state, "reason": record.reason}
+                else:
+                    continue
+                self.scores.setdefault(step, {})[record.trial_id] = point.get(self.select_by)
+                self.verdicts.setdefault(step, {})[record.trial_id] = verdict
+                news = True
+        if news:
+            self._write(self.scores, self.verdicts)
 
 
 class _FollowsLedger:

@@ -17,10 +17,9 @@ from raycap.cluster import CLIENTS, connect, pack_resources
 from raycap.config import Config
 from raycap.data.lock import FileLock
 from raycap.errors import Interrupted, RunError
-from raycap.files import read_json, write_json
+from raycap.files import read_whole, write_json
 from raycap.stop import Stop, resume_command, stoppable
-from raycap.train.record import TrialRecord
-from raycap.tune.actor import read_records
+from raycap.train.record import TrialRecord, read_records
 from raycap.tune.launch import STOPPING, Worker, pack_worker, tune_worker
 from raycap.tune.schedule import PackAsha, PackFifo, RungLedger, planned_rungs
 from raycap.tune.space import sample_trials
@@ -79,22 +78,24 @@ def run_sweep(
     trials = sample_trials(config)
     steps = planned_rungs(config)
     with run_lock(run_dir):
-        resumed = _check_folder(run_dir, [t.to_dict() for t in trials], resume)
+        resumed = _check_folder(run_dir, [t.to_dict() for t in trials], config, resume)
+        known = read_records(run_dir)
         ledger = RungLedger(
             run_dir / "checkpoints" / "rungs.json",
             steps=steps,
             eta=config.tune.eta,
             select_by=config.train.select_by,
             halving=config.tune.scheduler == "asha",
+            records=known,
         )
-        if all(t.trial_id in (known := read_records(run_dir)) and known[t.trial_id].ended for t in trials):
-            return _result([known[t.trial_id] for t in trials], run_dir, config, {}, began, resumed, [])
+        if all(t.trial_id in known and known[t.trial_id].ended for t in trials):
+            return _result([known[t.trial_id] for t in trials], run_dir, config, {}, began, resumed, ledger.notes)
         with connect(config) as ray:
             sweep = _Sweep(ray, config, run_dir, shards_folder, trials, steps, ledger, engine)
             last = sweep.run(on_progress)
     records = [TrialRecord.from_dict(row) for row in last["trials"]]
     pids = {name: pack["pid"] for name, pack in last["packs"].items()}
-    return _result(records, run_dir, config, pids, began, resumed, last["notes"])
+    return _result(records, run_dir, config, pids, began, resumed, [*ledger.notes, *last["notes"]])
 
 
 class _Sweep:
@@ -110,6 +111,7 @@ class _Sweep:
         resources = pack_resources(ray, packs, clients)
         context = ray.get_runtime_context()
         self.name = _board_name(config, run_dir)
+        _free_name(ray, self.name)
         plan = {
             "run": config.run.name or run_dir.name, "run_dir": str(run_dir),
             "trials": [t.to_dict() for t in trials], "rungs": steps, "slots": config.tune.slots, "packs": packs,
@@ -189,6 +191,7 @@ class _Sweep:
         if last["error"]:
             kind = getattr(errors, last["error"]["kind"], RunError)
             raise kind(last["error"]["message"])
+        self.ledger.learn(TrialRecord.from_dict(row) for row in last["trials"])
         for cohort in last["unclaimed"]:
             step = int(cohort["step"])
             self.ray.get(self.board.judge.remote(step, self.ledger.judge(step, cohort["scores"])))
@@ -202,6 +205,8 @@ class _Sweep:
                         f"{log}, the last error:\n{_last_line(pack.error)}"
                     ) from pack.error
         if self.tune.error is not None and not last["finished"]:
+            if isinstance(self.tune.error, errors.RaycapError):
+                raise self.tune.error
             raise RunError(f"Ray Tune's loop ended: {_last_line(self.tune.error)}") from self.tune.error
 
     def _write_trials(self, last: dict[str, Any], written: str) -> str:
@@ -263,16 +268,16 @@ def run_lock(run_dir: Path | str) -> Iterator[None]:
         lock.release()
 
 
-def _check_folder(run_dir: Path, trials: list[dict[str, Any]], resume: bool) -> bool:
+def _check_folder(run_dir: Path, trials: list[dict[str, Any]], config: Config, resume: bool) -> bool:
     """Write the plan of a new sweep, or compare it with the one to resume; True when there is something to resume."""
     file = run_dir / "checkpoints" / "plan.json"
-    plan = json.loads(json.dumps({"trials": trials}))
-    if not file.is_file():
-        write_json(file, plan)
-        return False
-    if not resume:
+    plan = json.loads(json.dumps({"trials": trials, "config": config.to_dict()}))
+    if file.is_file() and not resume:
         raise RunError(f"{run_dir} already holds a sweep. Add --resume to go on with it, or choose another run.dir.")
-    found = {t["trial_id"]: t for t in read_json(file)["trials"]}
+    if not isinstance(known := read_whole(file), dict):
+        write_json(file, plan)
+        return bool(read_records(run_dir))
+    found = {t["trial_id"]: t for t in known["trials"]}
     for trial in plan["trials"]:
         if found.get(trial["trial_id"]) != trial:
             raise RunError(
@@ -280,6 +285,23 @@ def _check_folder(run_dir: Path, trials: list[dict[str, Any]], resume: bool) -> 
                 "Resume with the settings of the interrupted run, or choose another run.dir."
             )
     return True
+
+
+def _free_name(ray: Any, name: str, patience_s: float = 30.0) -> None:
+    """End the board that a killed driver left on a shared cluster; its packs leave when they find it gone.
+
+    We hold the run folder, so nobody else's board has this name.
+    """
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        try:
+            ray.kill(ray.get_actor(name))
+        except ValueError:  # there is none
+            return
+        time.sleep(0.2)
+    raise RunError(
+        f"the Ray actor {name} of an earlier driver does not end. Stop that driver's job, then use --resume."
+    )
 
 
 def _board_name(config: Config, run_dir: Path) -> str:
