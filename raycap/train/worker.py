@@ -231,14 +231,16 @@ def load_attribute(place: str) -> Any:
 def _log_file(path: Path) -> Iterator[Callable[[str], None]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = threading.Lock()
-    with open(path, "a", encoding="utf-8", buffering=1) as file:
+    with open(
+        path, "ab", buffering=0
+    ) as file:  # unbuffered: on a full disk nothing is left over that close would raise
 
         def log(line: str) -> None:
             with lock:
                 now = time.time()
                 stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d}"
                 try:
-                    file.write(f"{stamp} {line}\n")
+                    file.write(f"{stamp} {line}\n".encode())
                 except OSError:
                     pass  # a full disk: what matters is said to the board
 

@@ -350,3 +350,17 @@ def test_rejected_lines_are_json_with_a_place(settings, make_set, good_lines, tm
     prepare(settings(make_set([*good_lines, "{"])), tmp_path / "out")
     (line,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["where"] == "captions.jsonl:11"
+
+
+@pytest.mark.parametrize("keep", [0, 0.5])
+@pytest.mark.parametrize("name", ["manifest.json", "train-00000.parquet"])
+def test_prepared_data_in_the_cache_that_a_power_cut_damaged_is_prepared_again(tmp_path, name, keep):
+    from raycap.config import load_config
+    from raycap.data.shards import prepare_if_needed
+
+    config = load_config("shapes-git", [f"run.cache_dir={tmp_path}", "data.shapes_images=6,3,3"])
+    folder = prepare_if_needed(config)
+    whole = open_shards(folder).content_sha256
+    file = next(folder.glob(name.replace("00000", "*")))
+    os.truncate(file, int(keep * file.stat().st_size))
+    assert open_shards(prepare_if_needed(config)).content_sha256 == whole

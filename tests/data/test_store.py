@@ -216,3 +216,18 @@ def test_shards_to_store(settings, mini, tmp_path, prepare_row):
     assert store.stats["truncated"] == sum(len(c) + 1 > 40 for r in rows for c in r["captions"]) > 0
     assert open_store(processor="p").complete
     assert open_store(processor="q").owner
+
+
+@pytest.mark.parametrize("keep", [0, 0.5])
+@pytest.mark.parametrize("name", ["layout.json", "pixels.npy", "tokens.npy", "ready.npy", "manifest.json"])
+def test_a_finished_store_that_a_power_cut_damaged_is_filled_anew(full, tmp_path, name, keep):
+    file = tmp_path / "s" / name
+    size = int(keep * file.stat().st_size)
+    os.truncate(file, size)
+    again = make(tmp_path / "s")
+    if name != "manifest.json":  # whose figures are told to people, and decide nothing
+        assert again.owner and not again.complete
+        for row in (0, 1, 2):
+            put(again, row)
+        again.finish()
+    check(again)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from raycap.errors import DataError, ModelError
+from raycap.errors import DataError, ModelError, RunError
 from raycap.files import read_json
-from raycap.train.worker import TrainKeeper, _log_file, _raycap_error, load_attribute
+from raycap.train.worker import TrainKeeper, _log_file, _raycap_error, load_attribute, sole_worker
 
 ENGINE = Path(__file__).parent / "toy_engine.py"
 
@@ -137,3 +138,45 @@ def test_the_log_is_appended_with_times(tmp_path):
             log(line)
     lines = (tmp_path / "logs" / "pack-0.log").read_text().splitlines()
     assert [re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (\w+)", line)[1] for line in lines] == ["one", "two"]
+
+
+def test_a_report_that_finds_the_disk_full_leaves_no_half_checkpoint(keeper, train, monkeypatch):
+    import errno
+
+    import ray.train
+
+    saved(keeper, 1)
+
+    def full(metrics, checkpoint):
+        torn = train.storage / "checkpoint_0002"
+        torn.mkdir()
+        (torn / "pack.json").write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device", str(torn))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ray.train, "report", full)
+        with pytest.raises(OSError, match="No space left"):
+            saved(keeper, 2)
+    assert [p.name for p in sorted(train.storage.iterdir())] == ["checkpoint_0001"]
+    assert keeper.restore()[1]["t00"]["step"] == 1
+
+
+def test_a_worker_waits_for_the_one_before_and_does_not_wait_for_ever(tmp_path):
+    lines = []
+    first = sole_worker(tmp_path / "pack-0.lock", lines.append)
+    with pytest.raises(RunError, match=r"process \d+ on .* still trains in"):
+        sole_worker(tmp_path / "pack-0.lock", lines.append, patience_s=0.3)
+    assert len(lines) == 1 and "an earlier worker" in lines[0]
+    threading.Timer(0.3, first.release).start()
+    sole_worker(tmp_path / "pack-0.lock", lines.append, patience_s=30).release()
+
+
+def test_a_log_on_a_full_disk_says_nothing_and_raises_nothing(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "pack-0.log").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "a", buffering=1) as file:
+        file.write("a line\n")
+    with _log_file(tmp_path / "logs" / "pack-0.log") as log:
+        log("a line")
