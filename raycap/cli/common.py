@@ -77,6 +77,9 @@ def is_run(folder: Path | str) -> bool:
 
 def run_config(folder: Path, settings: Sequence[str] = ()) -> Config:
     """The settings of a run folder, with `settings` put in, to go on with that folder."""
+    from raycap.report.ledger import mend_config
+
+    mend_config(folder)
     return load_config(str(folder / "config.yaml"), [*settings, f"run.dir={folder}"])
 
 
