@@ -161,7 +161,7 @@ def chaos(settings: list[str], work: Path, *, kills: int, seed: int, targets: li
         code = None
         for _ in range(kills):
             target = rng.choice(targets)
-            after_s = round(rng.uniform(0, 0.6 * train_s), 2)
+            after_s = round(rng.uniform(0, 0.4 * train_s), 2)
             if not wait_until(drivers.training):
                 raise SystemExit(f"a driver did not begin to train in {PATIENCE_S:.0f} s; its log is {drivers.log}")
             time.sleep(after_s)

@@ -37,17 +37,24 @@ ORPHAN_S = 60.0
 def pack_loop(job: dict[str, Any]) -> None:
     """Train one pack until its trials have ended or it is asked to stop.
 
-    job: config, pack (its number), run_dir, board and namespace (of the actor), rungs, packs, engine, shards. An error
-    that a restart would meet again goes to the board, and the loop returns; any other is raised, so that Train starts
-    the worker anew.
+    job: config, pack (its number), run_dir, board and namespace (of the actor), driver (whose board it is), rungs, packs,
+    engine, shards. An error that a restart would meet again goes to the board, and the loop returns; any other is raised,
+    so that Train starts the worker anew.
     """
     import ray
 
     name = f"pack-{job['pack']}"
     config, run_dir = from_dict(job["config"]), Path(job["run_dir"])
-    board = ray.get_actor(job["board"], namespace=job["namespace"])
     with _log_file(run_dir / "logs" / f"{name}.log") as log:
         log(f"{name} starts: pid {os.getpid()} on {socket.gethostname()}, parent {os.getppid()}")
+        try:
+            board = ray.get_actor(job["board"], namespace=job["namespace"])
+            mine = ray.get(board.driver.remote()) == job["driver"]
+        except (ValueError, ray.exceptions.RayActorError):
+            mine = False
+        if not mine:
+            log("the driver that it belongs to is gone: leaving")
+            return
         feed = lock = None
         try:
             lock = sole_worker(run_dir / "checkpoints" / "train" / f"{name}.lock", log)

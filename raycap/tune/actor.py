@@ -31,8 +31,13 @@ class BoardActor:
             verdicts=verdicts,
             records=read_records(run_dir),
         )
+        self._driver = plan["driver"]
         self._gauges = Gauges(plan["run"])
         self._changed = asyncio.Event()
+
+    async def driver(self) -> str:
+        """Whose board it is: a worker of an earlier driver finds it under the same name, and leaves."""
+        return self._driver
 
     async def lease(self, trial_id: str, client: str) -> None:
         self.board.lease(trial_id, client)

@@ -15,7 +15,7 @@ from typing import Any
 from raycap.errors import RunError
 
 STOPPING: set[str] = set()
-"""Boards whose sweep is being stopped. Tune pickles its stopper, so the flag cannot live in it."""
+"""Drivers whose sweep is being stopped. Tune pickles its stopper, so the flag cannot live in it."""
 
 
 class Worker(threading.Thread):
@@ -51,7 +51,7 @@ def tune_worker(trials: list[str], scheduler: Any, job: dict[str, Any], *, clien
                 name="tune",
                 storage_path=str(Path(job["run_dir"]) / "checkpoints"),
                 verbose=0,
-                stop=_stopper(job["board"]),
+                stop=_stopper(job["driver"]),
                 failure_config=tune.FailureConfig(max_failures=retries),
             ),
         ).fit()
@@ -141,7 +141,7 @@ def mend_snapshot(folder: Path) -> None:
             raise RunError(f"cannot set {snapshot} aside: {error.strerror}") from error
 
 
-def _stopper(board: str) -> Any:
+def _stopper(driver: str) -> Any:
     from ray.tune.stopper import Stopper
 
     class WhenStopping(Stopper):
@@ -149,6 +149,6 @@ def _stopper(board: str) -> Any:
             return False
 
         def stop_all(self) -> bool:
-            return board in STOPPING
+            return driver in STOPPING
 
     return WhenStopping()

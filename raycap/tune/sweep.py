@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -106,6 +107,7 @@ class _Sweep:
 
         self.ray, self.config, self.run_dir, self.ledger = ray, config, run_dir, ledger
         self.signals = Stop()
+        self.driver = uuid.uuid4().hex
         packs = config.tune.packs
         clients = min(packs * CLIENTS, len(trials))
         resources = pack_resources(ray, packs, clients)
@@ -113,7 +115,7 @@ class _Sweep:
         self.name = _board_name(config, run_dir)
         _free_name(ray, self.name)
         plan = {
-            "run": config.run.name or run_dir.name, "run_dir": str(run_dir),
+            "run": config.run.name or run_dir.name, "run_dir": str(run_dir), "driver": self.driver,
             "trials": [t.to_dict() for t in trials], "rungs": steps, "slots": config.tune.slots, "packs": packs,
             "thinning": float(config.tune.eta) if config.tune.scheduler == "asha" else 1.0,
         }  # fmt: skip
@@ -128,7 +130,8 @@ class _Sweep:
         )  # fmt: skip
         job = {
             "config": config.to_dict(), "run_dir": str(run_dir), "board": self.name, "namespace": context.namespace,
-            "rungs": steps, "packs": packs, "engine": engine, "shards": str(shards_folder) if shards_folder else "",
+            "rungs": steps, "packs": packs, "engine": engine, "driver": self.driver,
+            "shards": str(shards_folder) if shards_folder else "",
         }  # fmt: skip
         known = read_records(run_dir)
         left = [t.trial_id for t in trials if not (t.trial_id in known and known[t.trial_id].ended)]
@@ -143,7 +146,6 @@ class _Sweep:
 
     def run(self, on_progress: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
         """Start, watch, and end everything; the board's last snapshot."""
-        STOPPING.discard(self.name)  # left by an earlier try in this process
         for worker in self.packs:
             worker.start()
         wanted, began = len(self.packs), time.monotonic()
@@ -239,7 +241,7 @@ class _Sweep:
 
     def _end(self) -> None:
         """Take down what was started; when a person waits for it, without waiting for Ray's own housekeeping."""
-        STOPPING.add(self.name)
+        STOPPING.add(self.driver)
         try:
             if self.signals.count < 2:
                 self.ray.get(self.board.stop.remote(), timeout=5)

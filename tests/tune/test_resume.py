@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import pytest
 import toy_engine
 from simulation import Killed, Link, MemoryKeeper, Tune, settings, simulate
 
-from raycap.errors import RunError
+from raycap.errors import Interrupted, RunError
 from raycap.files import read_json, write_json
 from raycap.train.pack import Pack
 from raycap.train.record import read_ended, read_records
@@ -60,10 +62,10 @@ class Run:
             self.checkpoints / "rungs.json", steps=steps, eta=config.tune.eta, select_by="cider", records=records
         )
         self.notes = ledger.notes
-        time = SimpleNamespace(now=0.0)
+        clock = SimpleNamespace(now=0.0)
         board = Board(
             trials, rungs=steps, slots=config.tune.slots, packs=1, verdicts=ledger.verdicts, records=records,
-            clock=lambda: time.now,
+            clock=lambda: clock.now,
         )  # fmt: skip
         left = [t for t, seat in board.seats.items() if not seat.record.ended]
         tune = Tune(board, ledger, left, clients=config.tune.slots, shuffle=self.drivers)
@@ -83,11 +85,11 @@ class Run:
         link.exchange, link.register = noting, registering
 
         def tick():
-            time.now += 0.01
+            clock.now += 0.01
             self.calls += 1
             if kill_at is not None and self.calls >= kill_at:
                 raise Killed
-            return time.now
+            return clock.now
 
         try:
             pack = Pack(
@@ -213,6 +215,33 @@ def test_a_sweep_survives_the_death_of_its_board_and_of_its_controller(ray_sessi
     found = {t: json.loads(p.read_text()) for t, p in adapter_files(tmp_path).items()}
     assert found == {t: adapter for t, (_, _, adapter) in undisturbed[0].items() if adapter}
     assert {r.trial_id: r.state for r in result.trials} == {t: state for t, (state, _, _) in undisturbed[0].items()}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_once_ends_in_order_twice_at_once_and_both_are_resumed_in_the_same_process(ray_session, tmp_path, undisturbed):
+    def press(number, times, after):
+        pressed = []
+
+        def on_progress(snapshot):
+            if not pressed and sum(row["steps"] for row in snapshot["trials"]) > after:
+                pressed.append(time.monotonic())
+                for _ in range(times):
+                    os.kill(os.getpid(), number)
+
+        return on_progress, pressed
+
+    once, _ = press(signal.SIGINT, 1, 20)
+    with pytest.raises(Interrupted, match=rf"Ctrl-C; every running trial is checkpointed.*sweep --resume {tmp_path}"):
+        run_sweep(settings(), tmp_path, None, on_progress=once, engine=TOY)
+    twice, pressed = press(signal.SIGTERM, 2, 40)
+    with pytest.raises(Interrupted, match="SIGTERM; what was not checkpointed yet will be trained again"):
+        run_sweep(settings(), tmp_path, None, resume=True, on_progress=twice, engine=TOY)
+    assert time.monotonic() - pressed[0] < 5
+    result = run_sweep(settings(), tmp_path, None, resume=True, engine=TOY)
+    assert result.resumed
+    found = {t: json.loads(p.read_text()) for t, p in adapter_files(tmp_path).items()}
+    assert found == {t: adapter for t, (_, _, adapter) in undisturbed[0].items() if adapter}
 
 
 def adapter_files(run_dir: Path) -> dict[str, Path]:
