@@ -154,3 +154,20 @@ def test_a_lock_names_who_holds_it_and_a_dead_holder_holds_nothing(tmp_path):
         other.wait()
     assert mine.try_acquire() and mine.holder.startswith(f"process {os.getpid()} on ")
     mine.release()
+
+
+def test_a_killed_run_leaves_no_java(tmp_path):
+    import psutil
+
+    code = (
+        "import time\nfrom raycap.evaluate.meteor import Meteor\nmeteor = Meteor()\nmeteor.start()\n"
+        "print(meteor.pid, flush=True)\ntime.sleep(60)"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    java = psutil.Process(int(driver.stdout.readline()))
+    driver.kill()
+    driver.wait()
+    deadline = time.monotonic() + 60
+    while java.is_running() and java.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "Java outlived its driver by a minute"
+        time.sleep(0.1)
