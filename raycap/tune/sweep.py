@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -80,6 +81,8 @@ def run_sweep(
     steps = planned_rungs(config)
     with run_lock(run_dir):
         resumed = _check_folder(run_dir, [t.to_dict() for t in trials], config, resume)
+        for torn in (run_dir / "checkpoints" / "adapters").glob(".*"):
+            shutil.rmtree(torn, ignore_errors=True)  # what a killed worker was writing
         known = read_records(run_dir)
         ledger = RungLedger(
             run_dir / "checkpoints" / "rungs.json",

@@ -22,6 +22,7 @@ from raycap.train.record import read_ended, read_records
 from raycap.tune.board import Board
 from raycap.tune.schedule import RungLedger, rungs
 from raycap.tune.space import sample_trials
+from raycap.tune.sweep import _free_name as free_name
 from raycap.tune.sweep import run_sweep
 
 TOY = f"{toy_engine.__file__}:build_slow"
@@ -215,6 +216,20 @@ def test_a_sweep_survives_the_death_of_its_board_and_of_its_controller(ray_sessi
     found = {t: json.loads(p.read_text()) for t, p in adapter_files(tmp_path).items()}
     assert found == {t: adapter for t, (_, _, adapter) in undisturbed[0].items() if adapter}
     assert {r.trial_id: r.state for r in result.trials} == {t: state for t, (state, _, _) in undisturbed[0].items()}
+
+
+@pytest.mark.ray
+def test_the_board_that_a_killed_driver_left_on_a_cluster_gives_its_name_back(ray_session):
+    class Left:
+        def ping(self):
+            return 1
+
+    left = ray_session.remote(Left).options(name="raycap-board-left", num_cpus=0, max_restarts=-1).remote()
+    assert ray_session.get(left.ping.remote()) == 1
+    free_name(ray_session, "raycap-board-left")
+    again = ray_session.remote(Left).options(name="raycap-board-left", num_cpus=0).remote()
+    assert ray_session.get(again.ping.remote()) == 1
+    ray_session.kill(again)
 
 
 @pytest.mark.ray
