@@ -85,6 +85,10 @@ class Drivers:
         new = self.said()[self.logged :]
         return self.process.poll() is not None or "admitted" in new or "resumed" in new
 
+    def nearly_done(self) -> bool:
+        """Whether a trial has had its full budget: the moment to kill must not fall behind the end of the run."""
+        return self.process.poll() is not None or "finished at step" in self.said()[self.logged :]
+
     def find(self, target: str) -> psutil.Process | None:
         if self.process.poll() is not None:
             return None
@@ -164,7 +168,7 @@ def chaos(settings: list[str], work: Path, *, kills: int, seed: int, targets: li
             after_s = round(rng.uniform(0, 0.4 * train_s), 2)
             if not wait_until(drivers.training):
                 raise SystemExit(f"a driver did not begin to train in {PATIENCE_S:.0f} s; its log is {drivers.log}")
-            time.sleep(after_s)
+            wait_until(drivers.nearly_done, after_s)
             # Some are there for a moment only, or start anew just now.
             wait_until(lambda t=target: drivers.process.poll() is not None or drivers.find(t) is not None, 10)
             victim = drivers.find(target)
