@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -129,23 +129,51 @@ def usable_cores() -> int:
 
 
 def pack_resources(ray: ModuleType, packs: int, clients: int) -> dict[str, float]:
-    """What one pack asks for on this cluster: a CPU, and a GPU where there are any.
+    """What one pack asks for on this cluster: a CPU, and a GPU where there are any or an autoscaler brings some.
 
-    Raises RunError when the cluster's nodes cannot hold all packs at once, because Train would wait for ever.
+    Raises RunError for packs that can never all run, because Train would wait for ever. On a cluster that nodes may
+    still join, that is only where its autoscaler says how much it can bring.
     """
-    have = ray.cluster_resources()
+    have, most = ray.cluster_resources(), autoscaled(ray)
     want = {"CPU": PACK_CPUS}
-    if have.get("GPU", 0) >= 1:
+    if max(have.get("GPU", 0), most.get("GPU", 0)) >= 1:
         want["GPU"] = 1.0
-    if want.get("GPU") and packs > have["GPU"]:
-        raise RunError(f"tune.packs={packs} asks for {packs} GPUs, the cluster has {have['GPU']:g}. Lower tune.packs.")
+    if not (private() or most):
+        return want
+    limit = {name: max(have.get(name, 0), most.get(name, 0)) for name in want}
+    can = f"and its autoscaler brings it to {most.get('GPU', 0):g} at most" if most else "and no node can join it"
+    if want.get("GPU") and packs > limit["GPU"]:
+        raise RunError(
+            f"tune.packs={packs} asks for {packs} GPUs, the cluster has {have.get('GPU', 0):g} {can}. Lower tune.packs."
+        )
     need = packs * PACK_CPUS + clients * CLIENT_CPUS + DATA_CPUS
-    if need > have.get("CPU", 0):
+    if need > limit["CPU"]:
         raise RunError(
             f"the sweep needs {need:g} CPUs ({packs} packs of {PACK_CPUS:g}, {clients} trial clients of {CLIENT_CPUS}, "
             f"{DATA_CPUS} for reading), the cluster has {have.get('CPU', 0):g}. Lower tune.packs."
         )
     return want
+
+
+def autoscaled(ray: ModuleType) -> dict[str, float]:
+    """What the cluster's autoscaler can bring it to, by resource; empty where there is none, or it does not say."""
+    state = getattr(getattr(ray, "_private", None), "state", None)
+    try:
+        return dict(state.state.get_max_resources_from_cluster_config() or {})
+    except Exception:  # a private call of Ray's: without its answer the sweep waits for nodes, and says so
+        return {}
+
+
+def beside_driver(ray: ModuleType, want: Mapping[str, float]) -> dict[str, str]:
+    """A label selector that keeps work on the driver's node, whose run folder it reads and writes.
+
+    Empty on a single node, and where the driver's node lacks what the work wants: then another one must see the folder.
+    """
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    here = ray.get_runtime_context().get_node_id()
+    mine = next((n["Resources"] for n in nodes if n["NodeID"] == here), {})
+    enough = all(mine.get(name, 0) >= amount for name, amount in want.items())
+    return {"ray.io/node-id": here} if len(nodes) > 1 and enough else {}
 
 
 def _embedded_cpus(config: Config | None) -> int:

@@ -21,6 +21,10 @@ class RunSettings:
     """Seeds the trials, the sample order, the adapters' start, dropout and the bootstrap."""
     cache_dir: str = ""
     """Where prepared shards and vision features are kept between runs; empty takes $RAYCAP_CACHE or ~/.cache/raycap."""
+    storage: str = ""
+    """A folder that every node reaches: a path mounted on all of them, s3://bucket/folder, gs://bucket/folder. Shards,
+    checkpoints and adapters travel through it, and `run.dir` is the driver's own. Empty: one node, or a `run.dir` and
+    `run.cache_dir` that all nodes see."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -49,9 +49,31 @@ def test_a_pack_takes_a_cpu_and_a_gpu_where_there_are_any():
     ("have", "packs", "said"),
     [({"CPU": 2}, 2, "needs 2.85 CPUs"), ({"CPU": 64, "GPU": 2}, 3, "asks for 3 GPUs, the cluster has 2")],
 )
-def test_packs_that_cannot_all_run_are_refused_before_train_waits_for_ever(have, packs, said):
+def test_packs_that_cannot_all_run_are_refused_before_train_waits_for_ever(monkeypatch, have, packs, said):
+    monkeypatch.setattr(cluster, "_private", True)
     with pytest.raises(RunError, match=said):
         cluster.pack_resources(fake(**have), packs, 12)
+
+
+def test_on_a_cluster_packs_wait_for_nodes_unless_its_autoscaler_says_that_none_will_come(monkeypatch):
+    assert cluster.pack_resources(fake(CPU=2), 3, 12) == {"CPU": 1.0}
+    assert cluster.pack_resources(fake(CPU=64, GPU=2), 3, 12)["GPU"] == 1
+    monkeypatch.setattr(cluster, "autoscaled", lambda ray: {"CPU": 24, "GPU": 3})
+    assert cluster.pack_resources(fake(CPU=2), 3, 12)["GPU"] == 1  # none is up yet
+    with pytest.raises(RunError, match=r"asks for 4 GPUs, the cluster has 0 and its autoscaler brings it to 3 at most"):
+        cluster.pack_resources(fake(CPU=2), 4, 12)
+
+
+def test_work_on_the_run_folder_stays_on_the_drivers_node_where_that_can_do_it():
+    def ray(*nodes):
+        alive = [{"NodeID": name, "Alive": True, "Resources": resources} for name, resources in nodes]
+        context = SimpleNamespace(get_node_id=lambda: "head")
+        return SimpleNamespace(nodes=lambda: alive, get_runtime_context=lambda: context)
+
+    head, worker = ("head", {"CPU": 4.0}), ("worker", {"CPU": 8.0, "GPU": 1.0})
+    assert cluster.beside_driver(ray(head), {"CPU": 1}) == {}
+    assert cluster.beside_driver(ray(head, worker), {"CPU": 1, "GPU": 0}) == {"ray.io/node-id": "head"}
+    assert cluster.beside_driver(ray(head, worker), {"CPU": 1, "GPU": 1}) == {}
 
 
 def test_a_private_ray_has_room_for_what_the_sweep_books(monkeypatch):

@@ -89,6 +89,7 @@ def resumed_config(place: str, settings: list[str]) -> Config:
     Raises:
         UsageError: no run is there, or a setting differs that the trials so far were trained with.
     """
+    fetch(place, settings)
     if is_run(place):
         given = load_config(str(Path(place) / "config.yaml"), settings)
         folder = Path(place)
@@ -111,6 +112,20 @@ def resumed_config(place: str, settings: list[str]) -> Config:
     changed = {k: v for k, v in _flat(given).items() if k.startswith(CHANGEABLE) and v != started[k]}
     changed.pop("run.dir", None)
     return run_config(folder, [f"{k}={v}" for k, v in changed.items()])
+
+
+def fetch(place: str, settings: list[str]) -> None:
+    """Bring a run folder that is not on this machine from the storage that `run.storage=...` names."""
+    storage = next((s.partition("=")[2] for s in settings if s.startswith("run.storage=")), "")
+    if not storage or is_run(place):
+        return
+    from raycap.storage import Storage
+    from raycap.tune.mirror import fetch_record
+
+    runs = Storage.open(storage) / "runs"
+    if not runs.has(f"{Path(place).name}/config.yaml"):
+        return
+    fetch_record(runs / Path(place).name, Path(place))
 
 
 def dry_run(config: Config, *, as_json: bool) -> int:

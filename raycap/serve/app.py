@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 
+from raycap.cluster import beside_driver
 from raycap.config import Config, from_dict
 from raycap.errors import ModelError, RunError
 from raycap.export.folder import MANIFEST, verify
@@ -149,13 +150,16 @@ def serving(config: Config, model_dir: Path | str, port: int | None = None) -> I
 def _bind(config: Config, folder: Path, name: str):
     s = config.serve
     gpus = ray.cluster_resources().get("GPU", 0)
+    share = min(1.0, gpus / s.replicas)
+    here = beside_driver(ray, {"CPU": s.replicas * REPLICA_CPUS, "GPU": s.replicas * share})
     # All cores of the machine: a run serves when its training is over.
     threads = max(1, (os.cpu_count() or 1) // s.replicas)
     held = 2 * s.max_queue + s.max_batch
     deployment = serve.deployment(
         name="captioner",
         num_replicas=s.replicas,
-        ray_actor_options={"num_cpus": REPLICA_CPUS, "num_gpus": min(1.0, gpus / s.replicas)},
+        # On the node where the model's folder lies, when that can hold all replicas.
+        ray_actor_options={"num_cpus": REPLICA_CPUS, "num_gpus": share, **({"label_selector": here} if here else {})},
         # Above our own limit, so that the replica refuses first: its 503 says when to come back, the proxy's does not.
         max_ongoing_requests=held,
         max_queued_requests=held,

@@ -54,6 +54,7 @@ class Keeper(Protocol):
 
     def restore(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
     def save(self, meta: dict[str, Any], states: dict[str, Any]) -> None: ...
+    def adopt(self, pack: str, trial_id: str) -> tuple[dict[str, Any], Any] | None: ...
 
 
 @dataclass(slots=True)
@@ -89,12 +90,13 @@ class Pack:
         rungs: list[int],
         select_by: str,
         adapters: Path,
+        publish: Callable[[str], None] = lambda trial_id: None,
         checkpoint_every_s: float,
         log: Callable[[str], None] = lambda line: None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.engine, self.link, self.keeper = engine, link, keeper
-        self.rungs, self.select_by, self.adapters = set(rungs), select_by, adapters
+        self.rungs, self.select_by, self.adapters, self.publish = set(rungs), select_by, adapters, publish
         self.checkpoint_every_s, self.log, self.clock = checkpoint_every_s, log, clock
         self.slots: dict[str, Slot] = {}
         self.ended: dict[str, dict[str, Any]] = {}
@@ -159,7 +161,11 @@ class Pack:
                 slot.record.state = "running"
                 self.engine.resume(trial_id)
         for values in orders["admit"]:
+            values = dict(values)
+            before = values.pop("from", "")
             spec = TrialSpec.from_dict(values)
+            if before and self._adopt(spec, before):
+                continue
             self.engine.admit(spec)
             record = TrialRecord.of(spec)
             record.state = "running"
@@ -168,6 +174,19 @@ class Pack:
             self.log(
                 f"admitted {spec.trial_id}: r={spec.r} alpha={spec.alpha:g} lr={spec.lr:g} dropout={spec.dropout:g}"
             )
+
+    def _adopt(self, spec: TrialSpec, before: str) -> bool:
+        """Go on with a trial where the last checkpoint of the pack that had it left it; False when it is in none."""
+        found = self.keeper.adopt(before, spec.trial_id)
+        if found is None:
+            return False
+        slot = self.slots[spec.trial_id] = Slot.from_meta(found[0])
+        self.engine.admit(spec, found[1])
+        if slot.cohort:
+            self.engine.pause(spec.trial_id)
+        self.unsaved = True
+        self.log(f"took {spec.trial_id} over from {before} at step {slot.record.steps}")
+        return True
 
     def _leave(self, orders: Mapping[str, Any]) -> bool:
         """Let go of the trials that shall leave; True when there were any."""
@@ -196,6 +215,7 @@ class Pack:
                 self.engine.export(trial_id, folder, which="best")
                 write_json(folder / "val_captions.json", slot.captions)
             write_ended(folder, slot.record)
+        self.publish(trial_id)
         self.engine.release(trial_id)
         self.ended[trial_id] = slot.record.to_dict()
         del self.slots[trial_id]

@@ -14,7 +14,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ from raycap.config import Config, from_dict
 from raycap.data.lock import FileLock
 from raycap.errors import ModelError, RaycapError, RunError
 from raycap.files import read_json, sha256_file, sync_tree, write_json
+from raycap.storage import Storage
 from raycap.train.pack import Pack
+from raycap.train.shelf import Shelf
+from raycap.train.sight import require
 
 ENGINE = "raycap.train.worker:build_engine"
 """Where a job says what builds its engine: module:attribute, or file.py:attribute."""
@@ -37,38 +40,50 @@ ORPHAN_S = 60.0
 def pack_loop(job: dict[str, Any]) -> None:
     """Train one pack until its trials have ended or it is asked to stop.
 
-    job: config, pack (its number), run_dir, board and namespace (of the actor), driver (whose board it is), rungs, packs,
-    engine, shards. An error that a restart would meet again goes to the board, and the loop returns; any other is raised,
-    so that Train starts the worker anew.
+    job: config, pack (its number), run_dir, storage (url of the run's place, or ""), seen (what this node must see),
+    board and namespace (of the actor), driver (whose board it is), rungs, packs, engine, shards. An error that a restart
+    would meet again goes to the board, and the loop returns; any other is raised, so that Train starts the worker anew.
     """
     import ray
 
     name = f"pack-{job['pack']}"
-    config, run_dir = from_dict(job["config"]), Path(job["run_dir"])
-    with _log_file(run_dir / "logs" / f"{name}.log") as log:
-        log(f"{name} starts: pid {os.getpid()} on {socket.gethostname()}, parent {os.getppid()}")
-        try:
-            board = ray.get_actor(job["board"], namespace=job["namespace"])
-            mine = ray.get(board.driver.remote()) == job["driver"]
-        except (ValueError, ray.exceptions.RayActorError):
-            mine = False
+    config = from_dict(job["config"])
+    try:
+        board = ray.get_actor(job["board"], namespace=job["namespace"])
+        mine = ray.get(board.driver.remote()) == job["driver"]
+    except (ValueError, ray.exceptions.RayActorError):
+        mine = False
+    if not mine and job.get("storage"):
+        return  # it waited for a node until the sweep was over
+    node = f"{socket.gethostname()} ({ray.get_runtime_context().get_node_id()[:8]})"
+    try:
+        if mine:
+            require(job.get("seen", []), node)
+        shelf = Shelf(job, name)
+    except RaycapError as error:
+        ray.get(board.fail.remote(type(error).__name__, error.message))
+        return
+    with closing(shelf), _log_file(shelf.log_file) as log:
+        log(f"{name} starts: pid {os.getpid()} on {node}, parent {os.getppid()}")
         if not mine:
             log("the driver that it belongs to is gone: leaving")
             return
         feed = lock = None
         try:
-            lock = sole_worker(run_dir / "checkpoints" / "train" / f"{name}.lock", log)
+            lock = sole_worker(shelf.folder / "checkpoints" / "train" / f"{name}.lock", log)
             build = load_attribute(job.get("engine") or ENGINE)
             engine, checkpoints, feed = build(config, job, log)
             link = BoardLink(board, name)
             threading.Thread(target=link.watch, args=(log,), daemon=True).start()
+            shelf.fetch_ended()
             pack = Pack(
                 engine,
                 link,
-                TrainKeeper(run_dir / "checkpoints" / "train" / name, checkpoints, log),
+                TrainKeeper(shelf.checkpoints, name, checkpoints, log, saved=shelf.publish_log),
                 rungs=job["rungs"],
                 select_by=config.train.select_by,
-                adapters=run_dir / "checkpoints" / "adapters",
+                adapters=shelf.adapters,
+                publish=shelf.publish,
                 checkpoint_every_s=config.train.checkpoint_every_s,
                 log=log,
             )
@@ -83,6 +98,7 @@ def pack_loop(job: dict[str, Any]) -> None:
         finally:
             if lock is not None:
                 lock.release()
+            shelf.publish_log()
 
 
 def sole_worker(path: Path, log: Callable[[str], None], patience_s: float = ORPHAN_S) -> FileLock:
@@ -152,8 +168,17 @@ class TrainKeeper:
     power cut left half written is passed over for the one before.
     """
 
-    def __init__(self, storage: Path, checkpoints: Any, log: Callable[[str], None]):
-        self.storage, self.checkpoints, self.log = storage, checkpoints, log
+    def __init__(
+        self,
+        storage: Storage,
+        pack: str,
+        checkpoints: Any,
+        log: Callable[[str], None],
+        *,
+        saved: Callable[[], None] = lambda: None,
+    ):
+        """`storage` holds one folder a pack; `saved` is called after each checkpoint."""
+        self.storage, self.pack, self.checkpoints, self.log, self.saved = storage, pack, checkpoints, log, saved
         self.saves = 0
 
     def restore(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -161,19 +186,39 @@ class TrainKeeper:
         import ray.train
 
         latest = ray.train.get_checkpoint()
-        folders = sorted(self.storage.glob("checkpoint_*"), reverse=True)
         if latest is not None:
             with latest.as_directory() as folder:
                 if (found := self._load(Path(folder))) is not None:
+                    self.saves = found[0]["saves"]
                     return found
-        for folder in folders:
-            if (found := self._load(folder)) is not None:
-                return found
-        if folders:
+        if (found := self._newest(self.pack)) is not None:
+            self.saves = found[0]["saves"]
+            return found
+        if count := len(self._folders(self.pack)):
             raise ModelError(
-                f"none of the {len(folders)} checkpoints under {self.storage} can be read. Remove it to start anew."
+                f"none of the {count} checkpoints under {self.storage / self.pack} can be read. Remove it to start anew."
             )
         return {}, {}
+
+    def adopt(self, pack: str, trial_id: str) -> tuple[dict[str, Any], Any] | None:
+        """(slot's meta, state) of a trial in another pack's newest whole checkpoint; None where it holds none."""
+        meta, states = self._newest(pack) or ({}, {})
+        return (meta["slots"][trial_id], states[trial_id]) if trial_id in states else None
+
+    def _folders(self, pack: str) -> list[str]:
+        return sorted((n for n in self.storage.folders(pack) if n.startswith("checkpoint_")), reverse=True)
+
+    def _new_here(self, before: set[str]) -> list[Path]:
+        """Checkpoints of this pack that were not there before, where they lie on a disk."""
+        here = self.storage.local
+        return [here / self.pack / n for n in self._folders(self.pack) if n not in before] if here else []
+
+    def _newest(self, pack: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        for name in self._folders(pack):
+            with self.storage.as_folder(f"{pack}/{name}") as folder:
+                if (found := self._load(folder)) is not None:
+                    return found
+        return None
 
     def _load(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
         try:
@@ -185,14 +230,13 @@ class TrainKeeper:
         except (OSError, ValueError, KeyError, TypeError, RaycapError) as error:
             self.log(f"checkpoint {folder.name} is damaged ({error}); looking for an older one")
             return None
-        self.saves = meta["saves"]
         return meta, states
 
     def save(self, meta: dict[str, Any], states: dict[str, Any]) -> None:
         import ray.train
 
         self.saves += 1
-        before = set(self.storage.glob("checkpoint_*"))
+        before = set(self._folders(self.pack))
         folder = Path(tempfile.mkdtemp(prefix="raycap-checkpoint-"))
         try:
             if states:
@@ -200,14 +244,15 @@ class TrainKeeper:
             files = {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
             write_json(folder / META, {**meta, "saves": self.saves, "files": files})
             ray.train.report({"saves": self.saves}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-            for new in set(self.storage.glob("checkpoint_*")) - before:
+            for new in self._new_here(before):
                 sync_tree(new)  # Train only copies: without this a power cut could take it and the one before
         except OSError:
-            for torn in set(self.storage.glob("checkpoint_*")) - before:
+            for torn in self._new_here(before):
                 shutil.rmtree(torn, ignore_errors=True)  # a full disk has no room for half a checkpoint
             raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        self.saved()
 
 
 def memory_bytes() -> int:

@@ -30,6 +30,7 @@ class BoardActor:
             thinning=plan["thinning"],
             verdicts=verdicts,
             records=read_records(run_dir),
+            holders=plan.get("holders"),
         )
         self._driver = plan["driver"]
         self._gauges = Gauges(plan["run"])
@@ -94,6 +95,9 @@ class BoardActor:
         left = self.board.pack_lost(pack)
         self._wake()
         return left
+
+    async def note(self, text: str) -> None:
+        self.board.note(text)
 
     async def stop(self) -> None:
         self.board.stop()

@@ -25,6 +25,11 @@ driver judges it in its client's place. Tune restarts a dead client within secon
 UNLEASED_S = 1.0
 """How long a cohort waits for a first client. Clients are fewer than slots and come in the trials' order, so one may be
 busy elsewhere while a trial that it will take later has reached a rung; then the driver judges in its place."""
+AWAY_S = 45.0
+"""Silence of a pack after which other packs go on with its trials. A worker says that it lives every few seconds,
+whatever it computes; one that died is back within this time where its node lives."""
+RETURN_S = 60.0
+"""How long a resumed sweep keeps the trials of a pack's checkpoint for that pack."""
 
 
 @dataclass(slots=True)
@@ -34,6 +39,10 @@ class Seat:
     spec: TrialSpec
     record: TrialRecord
     pack: str = ""
+    holder: str = ""
+    """The pack that has it or had it last, whose checkpoint may hold it."""
+    origin: str = ""
+    """The pack whose checkpoint the present one shall take it from."""
     client: str = ""
     leased: bool = False
     """Whether a client has ever asked for it."""
@@ -56,6 +65,7 @@ class PackSeat:
     memory_bytes: int = 0
     phase: str = "starting"
     said_bye: bool = False
+    seen: float = 0.0
 
 
 class Board:
@@ -71,6 +81,7 @@ class Board:
         thinning: float = 1.0,
         verdicts: Mapping[int, Mapping[str, dict[str, str]]] | None = None,
         records: Mapping[str, TrialRecord] | None = None,
+        holders: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.rungs = rungs
@@ -81,9 +92,12 @@ class Board:
         self.verdicts = {int(step): dict(found) for step, found in (verdicts or {}).items()}
         self.seats = {s.trial_id: Seat(s, (records or {}).get(s.trial_id) or TrialRecord.of(s)) for s in trials}
         for seat in self.seats.values():
+            seat.holder = (holders or {}).get(seat.spec.trial_id, "")
             if not seat.record.ended:
                 seat.record.state = "waiting"
+        self.began = clock()
         self.packs: dict[str, PackSeat] = {}
+        self.lost: set[str] = set()
         self.stopping = False
         self.error: dict[str, str] | None = None
         self.notes: list[str] = []
@@ -140,9 +154,9 @@ class Board:
                     seat.pack = ""
                     if not seat.record.ended:
                         seat.record.state = "waiting"
-        for trial_id in report["active"]:
+        for trial_id, step in report["active"].items():
             if trial_id in self.seats:
-                self.seats[trial_id].pack = pack
+                self._claim(trial_id, pack, step)
         return self.exchange(pack, nonce, report)
 
     def exchange(self, pack: str, nonce: str, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,11 +171,14 @@ class Board:
             return {"unknown": True}
         if me.nonce != nonce:
             return {"stale": True}
-        me.active, me.rate = dict(report["active"]), report.get("rate", 0.0)
+        me.active, me.rate, me.seen = dict(report["active"]), report.get("rate", 0.0), self.clock()
         me.phase = report.get("phase", "training")
         me.memory_bytes = report.get("memory_bytes", 0)
         for trial_id, values in {**report.get("records", {}), **report.get("ended", {})}.items():
-            self._take_record(trial_id, values, final=trial_id in report.get("ended", {}), pack=pack)
+            final = trial_id in report.get("ended", {})
+            if not final and trial_id in self.seats and self.seats[trial_id].holder not in ("", pack):
+                continue  # it went on in another pack while this one was away
+            self._take_record(trial_id, values, final=final)
         before, me.waiting, me.cohorts = me.waiting, {}, list(report.get("cohorts", []))
         for cohort in me.cohorts:
             self._take_cohort(me, cohort)
@@ -179,12 +196,20 @@ class Board:
         self._lapse()
         verdicts = {t: self.verdicts.get(step, {}).get(t) for t, step in me.waiting.items()}
         undecided = any(v is None for v in verdicts.values())
-        drop = [t for t in me.active if t not in self.seats or self.seats[t].record.state == "failed"]
+        drop = [
+            t
+            for t in me.active
+            if t not in self.seats or self.seats[t].record.state == "failed" or self.seats[t].holder not in ("", pack)
+        ]
         leaving = bool(drop) or any(v and v["action"] == "stop" for v in verdicts.values())
         # New trials are counted out only after those that leave have left, so that the two never share a slot.
         if not (undecided or leaving or self.stopping):
             self._refill(pack, me)
-        admit = [s.spec.to_dict() for t, s in self.seats.items() if s.pack == pack and t not in me.active]
+        admit = [
+            s.spec.to_dict() | ({"from": s.origin} if s.origin else {})
+            for t, s in self.seats.items()
+            if s.pack == pack and t not in me.active
+        ]
         done = self.finished and not me.active
         return {
             "admit": [] if undecided or leaving else admit,
@@ -198,6 +223,8 @@ class Board:
     def alive(self, pack: str, nonce: str) -> bool:
         """Whether this life of a pack is still the one that counts (or the board does not know yet)."""
         me = self.packs.get(pack)
+        if me is not None and me.nonce == nonce:
+            me.seen = self.clock()
         return me is None or me.nonce == nonce
 
     def evict(self, pack: str) -> None:
@@ -215,15 +242,12 @@ class Board:
         self.error = self.error or {"kind": kind, "message": message}
 
     def pack_lost(self, pack: str) -> bool:
-        """A pack will not come back: its trials start anew elsewhere. False when there is no pack left for them."""
+        """A pack will not come back: its trials go on elsewhere. False when there is no pack left for them."""
         self.packs.pop(pack, None)
+        self.lost.add(pack)
         self.packs_wanted -= 1
-        for seat in self.seats.values():
-            if seat.pack == pack:
-                seat.pack = ""
-                if not seat.record.ended:
-                    seat.record.state = "waiting"
-        self.note(f"{pack}: given up; its trials start anew in the other packs")
+        self._free(pack)
+        self.note(f"{pack}: given up; its trials go on in the other packs, from its last checkpoint")
         return self.packs_wanted > 0
 
     # The driver's side -----------------------------------------------------------------------------------------
@@ -248,7 +272,8 @@ class Board:
             "steps_left": left,
             "eta": left / rate if rate else None,
             "packs": {name: {"pid": p.pid, "lives": p.lives, "phase": p.phase, "slots": len(p.active),
-                             "rate": p.rate, "memory_bytes": p.memory_bytes, "bye": p.said_bye} for name, p in self.packs.items()},
+                             "rate": p.rate, "memory_bytes": p.memory_bytes, "bye": p.said_bye,
+                             "here": bool(p.nonce) and self.clock() - p.seen < AWAY_S} for name, p in self.packs.items()},
             "unclaimed": self.unclaimed(),
             "leases": sum(bool(seat.client) for seat in self.seats.values()),
             "notes": list(self.notes),
@@ -261,7 +286,7 @@ class Board:
 
     # Inside ----------------------------------------------------------------------------------------------------
 
-    def _take_record(self, trial_id: str, values: Mapping[str, Any], *, final: bool, pack: str) -> None:
+    def _take_record(self, trial_id: str, values: Mapping[str, Any], *, final: bool) -> None:
         seat = self.seats.get(trial_id)
         if seat is None:
             return
@@ -292,12 +317,53 @@ class Board:
         """
         booked = {t for t, s in self.seats.items() if s.pack == pack} | set(me.active)
         left = sum(not s.record.ended for s in self.seats.values())
-        # A pack that is up first leaves the others their share.
-        free = max(0, min(self.slots, -(-left // max(1, self.packs_wanted))) - len(booked))
-        for seat in [s for s in self.seats.values() if not s.pack and not s.record.ended][:free]:
-            seat.pack, seat.record.state = pack, "running"
+        waits = self.clock() - self.began < RETURN_S
+        # A pack that is up first leaves the others their share, unless they are gone or wait for a node.
+        here = sum(bool(p.nonce) and self.clock() - p.seen < AWAY_S for p in self.packs.values())
+        sharing = max(1, here, self.packs_wanted if waits else 0)
+        free = max(0, min(self.slots, -(-left // sharing)) - len(booked))
+        queue = [
+            s
+            for s in self.seats.values()
+            if not s.pack and not s.record.ended
+            and not (waits and s.holder not in ("", pack, *self.lost, *self.packs))
+        ]  # fmt: skip
+        for seat in queue[:free]:
+            seat.origin = seat.holder if seat.holder != pack else ""
+            seat.pack, seat.holder, seat.record.state = pack, pack, "running"
+
+    def _claim(self, trial_id: str, pack: str, step: int) -> None:
+        """A pack comes with a trial in its checkpoint: it keeps it, unless another pack went on with it meanwhile."""
+        seat = self.seats[trial_id]
+        if seat.pack and seat.pack != pack and self.packs[seat.pack].active.get(trial_id, 0) >= step:
+            return
+        if seat.holder not in ("", pack) and seat.record.ended:
+            return
+        seat.pack, seat.holder, seat.origin = pack, pack, ""
+
+    def _free(self, pack: str) -> None:
+        for seat in self.seats.values():
+            if seat.pack == pack:
+                seat.pack = ""
+                if not seat.record.ended:
+                    seat.record.state = "waiting"
+
+    def _miss(self) -> None:
+        """Hand out the trials of packs that are silent, where another pack can take them."""
+        now = self.clock()
+        here = [name for name, p in self.packs.items() if p.nonce and now - p.seen < AWAY_S / 2]
+        for name, pack in self.packs.items():
+            if pack.active and here and now - pack.seen > AWAY_S:
+                # Should it live, it is told that it is no longer the one that counts, leaves, and comes back anew.
+                pack.nonce, pack.active, pack.cohorts, pack.waiting, pack.rate = "", {}, [], {}, 0.0
+                pack.phase = "away"
+                self._free(name)
+                self.note(
+                    f"{name}: silent for {AWAY_S:.0f} s; its trials go on in the other packs, from its last checkpoint"
+                )
 
     def _lapse(self) -> None:
+        self._miss()
         now = self.clock()
         for trial_id, seat in self.seats.items():
             if seat.client and not seat.record.ended and now - seat.seen > LEASE_S:

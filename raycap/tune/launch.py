@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raycap.errors import RunError
+from raycap.storage import Storage
+from raycap.train.shelf import train_storage
+from raycap.tune.nodes import spread
 
 STOPPING: set[str] = set()
 """Drivers whose sweep is being stopped. Tune pickles its stopper, so the flag cannot live in it."""
@@ -62,7 +64,7 @@ def tune_worker(trials: list[str], scheduler: Any, job: dict[str, Any], *, clien
 def pack_worker(job: dict[str, Any], resources: dict[str, float], retries: int) -> Worker:
     """Ray Train's trainer for one pack; the death of its worker is Train's matter, that of its controller is ours."""
     name = f"pack-{job['pack']}"
-    storage = Path(job["run_dir"]) / "checkpoints" / "train"
+    storage = train_storage(job)
 
     def work() -> None:
         import ray
@@ -76,7 +78,7 @@ def pack_worker(job: dict[str, Any], resources: dict[str, float], retries: int) 
 
         others = set(ray.util.placement_group_table())
         for attempt in range(retries + 1):
-            mend_snapshot(storage / name)
+            mend_snapshot(storage, name)
             trainer = DataParallelTrainer(
                 pack_loop,
                 train_loop_config=job,
@@ -85,7 +87,9 @@ def pack_worker(job: dict[str, Any], resources: dict[str, float], retries: int) 
                 ),
                 run_config=ray.train.RunConfig(
                     name=name,
-                    storage_path=str(storage),
+                    storage_path=storage.root,
+                    storage_filesystem=storage.filesystem,
+                    callbacks=[spread(job["pack"], resources, job["driver_node"])],
                     failure_config=ray.train.FailureConfig(max_failures=retries),
                     checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
                 ),
@@ -121,24 +125,23 @@ def _free_group(ray: Any, others: set[str], resources: dict[str, float]) -> None
             ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 
 
-def mend_snapshot(folder: Path) -> None:
+def mend_snapshot(storage: Storage, pack: str) -> None:
     """Set aside Train's list of checkpoints when a crash left it torn, or when it names some that are gone.
 
     Train writes the list in place, and refuses to start on a damaged one; the worker finds whole checkpoints itself.
     """
-    snapshot = folder / "checkpoint_manager_snapshot.json"
-    if not snapshot.is_file():
+    snapshot = f"{pack}/checkpoint_manager_snapshot.json"
+    raw = storage.get(snapshot)
+    if raw is None:
         return
     try:
-        listed = json.loads(snapshot.read_text(encoding="utf-8"))["checkpoint_results"]
-        whole = all((folder / entry["checkpoint_dir_name"]).is_dir() for entry in listed)
+        listed = {entry["checkpoint_dir_name"] for entry in json.loads(raw)["checkpoint_results"]}
+        whole = listed <= set(storage.folders(pack))
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
-        try:
-            snapshot.replace(snapshot.with_suffix(".damaged"))
-        except OSError as error:
-            raise RunError(f"cannot set {snapshot} aside: {error.strerror}") from error
+        storage.put(f"{snapshot.removesuffix('.json')}.damaged", raw)
+        storage.delete(snapshot)
 
 
 def _stopper(driver: str) -> Any:

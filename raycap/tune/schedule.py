@@ -62,6 +62,8 @@ class RungLedger:
         self.scores: dict[int, dict[str, float | None]] = {}
         self.verdicts: dict[int, dict[str, Verdict]] = {}
         self.notes: list[str] = []
+        self.written: Callable[[Path], None] | None = None
+        """Called with the file after each change, before anybody acts on it."""
         if self.path:
             self._read(records or {})
 
@@ -107,6 +109,8 @@ class RungLedger:
     def _write(self, scores: Mapping[int, Any], verdicts: Mapping[int, Any]) -> None:
         if self.path:
             write_json(self.path, {**self._settings(), "scores": scores, "verdicts": verdicts})
+            if self.written:
+                self.written(self.path)
 
     def _read(self, records: Mapping[str, TrialRecord]) -> None:
         found = read_whole(self.path)

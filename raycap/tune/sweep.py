@@ -21,8 +21,12 @@ from raycap.data.lock import FileLock
 from raycap.errors import Interrupted, RunError
 from raycap.files import read_whole, write_json
 from raycap.stop import Stop, resume_command, stoppable
-from raycap.train.record import TrialRecord, read_records
+from raycap.storage import is_url
+from raycap.train.record import FINAL_STATES, TrialRecord, read_records
+from raycap.train.shelf import train_storage
 from raycap.tune.launch import STOPPING, Worker, pack_worker, tune_worker
+from raycap.tune.mirror import Mirror, holders
+from raycap.tune.nodes import check_nodes, things_to_see, without_room
 from raycap.tune.schedule import PackAsha, PackFifo, RungLedger, planned_rungs
 from raycap.tune.space import sample_trials
 
@@ -34,6 +38,8 @@ SILENCE_S = 120.0
 """Silence of the board after which the sweep is given up; a board that was killed is back within seconds."""
 TUNE_WAIT_S = 15.0
 """How long Tune waits for the packs: what starts beside them takes the cores that they load their base with."""
+NODE_WAIT_S = 900.0
+"""How long a sweep waits while no node of the cluster could hold a pack; an autoscaler needs some minutes for one."""
 STOP_WAIT_S = 60.0
 """How long packs may take to write their last checkpoint after Ctrl-C."""
 
@@ -79,7 +85,10 @@ def run_sweep(
     run_dir = Path(run_dir).absolute()
     trials = sample_trials(config)
     steps = planned_rungs(config)
+    mirror = Mirror(config, run_dir) if config.run.storage else None
     with run_lock(run_dir):
+        if mirror:
+            mirror.begin(resume)
         resumed = _check_folder(run_dir, [t.to_dict() for t in trials], config, resume)
         for torn in (run_dir / "checkpoints" / "adapters").glob(".*"):
             shutil.rmtree(torn, ignore_errors=True)  # what a killed worker was writing
@@ -92,10 +101,11 @@ def run_sweep(
             halving=config.tune.scheduler == "asha",
             records=known,
         )
+        ledger.written = mirror.put if mirror else None
         if all(t.trial_id in known and known[t.trial_id].ended for t in trials):
             return _result([known[t.trial_id] for t in trials], run_dir, config, {}, began, resumed, ledger.notes)
         with connect(config) as ray:
-            sweep = _Sweep(ray, config, run_dir, shards_folder, trials, steps, ledger, engine)
+            sweep = _Sweep(ray, config, run_dir, shards_folder, trials, steps, ledger, engine, mirror)
             last = sweep.run(on_progress)
     records = [TrialRecord.from_dict(row) for row in last["trials"]]
     pids = {name: pack["pid"] for name, pack in last["packs"].items()}
@@ -105,12 +115,19 @@ def run_sweep(
 class _Sweep:
     """The driver's side of one sweep, from the start of its actors to their end."""
 
-    def __init__(self, ray, config, run_dir, shards_folder, trials, steps, ledger, engine):
+    def __init__(self, ray, config, run_dir, shards_folder, trials, steps, ledger, engine, mirror):
         from raycap.tune.actor import BoardActor
 
-        self.ray, self.config, self.run_dir, self.ledger = ray, config, run_dir, ledger
+        self.ray, self.config, self.run_dir, self.ledger, self.mirror = ray, config, run_dir, ledger, mirror
         self.signals = Stop()
         self.driver = uuid.uuid4().hex
+        shards = str(shards_folder) if shards_folder else ""
+        if mirror and shards:
+            shards = mirror.shards(shards)
+        elif shards and not is_url(shards):
+            shards = str(Path(shards).absolute())
+        seen = things_to_see(config, run_dir, shards, mirror.place.local if mirror else None)
+        check_nodes(ray, seen)
         packs = config.tune.packs
         clients = min(packs * CLIENTS, len(trials))
         resources = pack_resources(ray, packs, clients)
@@ -120,6 +137,7 @@ class _Sweep:
         plan = {
             "run": config.run.name or run_dir.name, "run_dir": str(run_dir), "driver": self.driver,
             "trials": [t.to_dict() for t in trials], "rungs": steps, "slots": config.tune.slots, "packs": packs,
+            "holders": holders(train_storage({"storage": mirror.place.url if mirror else "", "run_dir": run_dir})),
             "thinning": float(config.tune.eta) if config.tune.scheduler == "asha" else 1.0,
         }  # fmt: skip
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
@@ -133,8 +151,8 @@ class _Sweep:
         )  # fmt: skip
         job = {
             "config": config.to_dict(), "run_dir": str(run_dir), "board": self.name, "namespace": context.namespace,
-            "rungs": steps, "packs": packs, "engine": engine, "driver": self.driver,
-            "shards": str(shards_folder) if shards_folder else "",
+            "rungs": steps, "packs": packs, "engine": engine, "driver": self.driver, "shards": shards, "seen": seen,
+            "storage": mirror.place.url if mirror else "", "driver_node": context.get_node_id(),
         }  # fmt: skip
         known = read_records(run_dir)
         left = [t.trial_id for t in trials if not (t.trial_id in known and known[t.trial_id].ended)]
@@ -143,6 +161,12 @@ class _Sweep:
         kind = PackAsha if config.tune.scheduler == "asha" else PackFifo
         board = self.board
         scheduler = kind(ledger, lambda step, verdicts: board.judge.remote(step, verdicts))
+        self.resources, self.waited = resources, time.monotonic()
+        if waiting := without_room(ray, packs, resources):
+            kind = "a GPU" if "GPU" in resources else "a free CPU"
+            board.note.remote(
+                f"{waiting} of {packs} packs wait for a node with {kind}; they join the sweep when one joins the cluster"
+            )
         retries = config.train.max_failures
         self.tune = tune_worker(left, scheduler, job, clients=clients, retries=retries)
         self.packs = [pack_worker({**job, "pack": i}, resources, retries) for i in range(packs)]
@@ -167,7 +191,7 @@ class _Sweep:
                     if signals.count:
                         self._stop(signals, last, on_progress)
                     self._check(last)
-                    if last["finished"] and not any(pack.is_alive() for pack in self.packs):
+                    if last["finished"] and not any(self._at_work(pack, last) for pack in self.packs):
                         return last
                     signals.wait(WATCH_S)
         except KeyboardInterrupt:
@@ -209,15 +233,31 @@ class _Sweep:
                         f"{pack.name} died more than train.max_failures={self.config.train.max_failures} times; its log is "
                         f"{log}, the last error:\n{_last_line(pack.error)}"
                     ) from pack.error
+        if without_room(self.ray, 1, self.resources) == 0:
+            self.waited = time.monotonic()
+        elif time.monotonic() - self.waited > NODE_WAIT_S:
+            raise RunError(
+                f"no node with {' and '.join(f'{n:g} {name}' for name, n in self.resources.items())} was in the cluster for "
+                f"{NODE_WAIT_S:.0f} s, and a pack needs one. Look at `ray status`, then go on with --resume."
+            )
         if self.tune.error is not None and not last["finished"]:
             if isinstance(self.tune.error, errors.RaycapError):
                 raise self.tune.error
             raise RunError(f"Ray Tune's loop ended: {_last_line(self.tune.error)}") from self.tune.error
 
+    @staticmethod
+    def _at_work(pack: Worker, last: dict[str, Any]) -> bool:
+        """Whether a pack has still to end: not one that waits for a node, or whose node is gone."""
+        known = last["packs"].get(pack.name)
+        return pack.is_alive() and known is not None and known["here"]
+
     def _write_trials(self, last: dict[str, Any], written: str) -> str:
         rows = json.dumps(last.get("trials", []))
         if rows not in (written, "[]"):
             write_json(self.run_dir / "checkpoints" / "trials.json", {"trials": last["trials"]})
+        if self.mirror:
+            over = [t["trial_id"] for t in last.get("trials", []) if t["state"] in FINAL_STATES]
+            self.mirror.follow(over, last=bool(last) and last["finished"])
         return rows
 
     def _stop(self, signals: Stop, last: dict[str, Any], on_progress: Callable[[dict[str, Any]], None] | None) -> None:
@@ -233,7 +273,7 @@ class _Sweep:
                 signals.wait(0.1)
                 last = self.ray.get(self.board.snapshot.remote(), timeout=CALL_TIMEOUT_S)
                 self._write_trials(last, "")
-                whole = all(pack["bye"] for pack in last["packs"].values())
+                whole = all(pack["bye"] for pack in last["packs"].values() if pack["here"])
         except self.ray.exceptions.RayError:
             pass  # Ray was told to end together with us; the last checkpoint is what there is
         raise self._interrupted(whole)
@@ -253,6 +293,8 @@ class _Sweep:
                     if worker.ident:
                         worker.join(timeout=max(0.0, deadline - time.monotonic()))
             self.ray.kill(self.board)
+            if self.mirror:
+                self.mirror.end()
         except (Exception, KeyboardInterrupt):  # on the way out: the first error, or the result, is what counts
             pass
 

@@ -12,6 +12,7 @@ import pytest
 
 from raycap.errors import DataError, ModelError, RunError
 from raycap.files import read_json
+from raycap.storage import Storage
 from raycap.train.worker import TrainKeeper, _log_file, _raycap_error, load_attribute, sole_worker
 
 ENGINE = Path(__file__).parent / "toy_engine.py"
@@ -35,7 +36,7 @@ def train(monkeypatch, tmp_path):
 
             return nullcontext(self.path)
 
-    found = SimpleNamespace(storage=tmp_path / "storage", latest=None, count=0)
+    found = SimpleNamespace(storage=tmp_path / "storage" / "pack-0", latest=None, count=0)
 
     def report(metrics, checkpoint):
         import shutil
@@ -53,7 +54,9 @@ def train(monkeypatch, tmp_path):
 @pytest.fixture
 def keeper(train):
     lines = []
-    made = TrainKeeper(train.storage, load_attribute(f"{ENGINE}:ToyCheckpoints"), lines.append)
+    made = TrainKeeper(
+        Storage.open(train.storage.parent), "pack-0", load_attribute(f"{ENGINE}:ToyCheckpoints"), lines.append
+    )
     made.lines = lines
     return made
 

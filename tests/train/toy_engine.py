@@ -96,5 +96,9 @@ def build_slow(config, job, log):
     return ToyEngine(step_s=0.01), ToyCheckpoints, None
 
 
+def build_slower(config, job, log):
+    return ToyEngine(step_s=0.04), ToyCheckpoints, None
+
+
 def build_broken(config, job, log):
     raise DataError("shard train-00003.parquet, row group 2: cannot be read (it was poisoned)")

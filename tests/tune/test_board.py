@@ -8,7 +8,7 @@ import pytest
 from simulation import settings
 
 from raycap.train.record import TrialRecord
-from raycap.tune.board import LEASE_S, UNLEASED_S, Board
+from raycap.tune.board import AWAY_S, LEASE_S, RETURN_S, UNLEASED_S, Board
 from raycap.tune.space import sample_trials
 
 STOP = {"action": "stop", "state": "stopped", "reason": "too low"}
@@ -159,7 +159,7 @@ def test_a_restarted_client_takes_its_trial_over(board, trials):
     assert board.next_event("t00", "second client", 0) is None
 
 
-def test_trials_of_a_lost_pack_start_anew_elsewhere(trials, time):
+def test_trials_of_a_lost_pack_go_on_elsewhere(trials, time):
     board = Board(trials, rungs=[10], slots=2, packs=2, clock=lambda: time.now)
     for trial in trials[:4]:
         board.lease(trial.trial_id, "c")
@@ -167,8 +167,46 @@ def test_trials_of_a_lost_pack_start_anew_elsewhere(trials, time):
     assert admitted(board.register("pack-1", "b", 2, report())) == ["t02", "t03"]
     assert board.pack_lost("pack-0")
     orders = board.exchange("pack-1", "b", report(ended=["t02"], active={"t03": 5}, trials=trials))
-    assert admitted(orders) == ["t00"]
+    assert admitted(orders) == ["t00"] and orders["admit"][0]["from"] == "pack-0"
     assert not board.pack_lost("pack-1")
+
+
+def test_trials_of_a_silent_pack_go_on_elsewhere_and_are_not_trained_twice(trials, time):
+    board = Board(trials, rungs=[10], slots=3, packs=2, clock=lambda: time.now)
+    assert admitted(board.register("pack-0", "a", 1, report())) == ["t00", "t01", "t02"]
+    assert admitted(board.register("pack-1", "b", 2, report())) == ["t03", "t04", "t05"]
+    at_work = report({"t00": 4, "t01": 4, "t02": 4}, trials=trials)
+    board.exchange("pack-0", "a", at_work)
+    time.now = AWAY_S - 1
+    mine = report({"t05": 5}, ended=["t03", "t04"], trials=trials)
+    assert admitted(board.exchange("pack-1", "b", mine)) == []
+    assert board.alive("pack-0", "a")  # a long step: its main thread is silent, its process is not
+    time.now = 2 * AWAY_S - 2
+    board.alive("pack-1", "b")
+    assert admitted(board.exchange("pack-1", "b", mine)) == []
+    time.now += 2
+    orders = board.exchange("pack-1", "b", mine)
+    assert [(o["trial_id"], o["from"]) for o in orders["admit"]] == [("t00", "pack-0"), ("t01", "pack-0")]
+    assert "silent" in board.notes[-1] and not board.snapshot()["packs"]["pack-0"]["here"]
+    board.exchange("pack-1", "b", report({"t00": 4, "t01": 4, "t05": 5}, trials=trials))
+    # The one that was away lives: it is told to leave, comes back with its checkpoint, and keeps what nobody took.
+    assert not board.alive("pack-0", "a") and board.exchange("pack-0", "a", at_work) == {"stale": True}
+    back = board.register("pack-0", "c", 3, at_work)
+    assert sorted(back["drop"]) == ["t00", "t01"] and board.seats["t02"].pack == "pack-0"
+    assert board.snapshot()["packs"]["pack-0"]["lives"] == 2
+
+
+def test_a_resumed_sweep_gives_each_pack_the_trials_of_its_checkpoint(trials, time):
+    held = {"t00": "pack-1", "t01": "pack-1"}
+    board = Board(trials, rungs=[10], slots=2, packs=2, holders=held, clock=lambda: time.now)
+    assert admitted(board.register("pack-0", "a", 1, report())) == ["t02", "t03"]
+    assert admitted(board.register("pack-1", "b", 2, report({"t00": 4, "t01": 4}, trials=trials))) == []
+    assert board.seats["t00"].pack == "pack-1"
+    # A pack that does not come: after a while the others take its trials from its checkpoint.
+    board = Board(trials[:2], rungs=[10], slots=2, packs=2, holders=held, clock=lambda: time.now)
+    assert admitted(board.register("pack-0", "a", 1, report())) == []
+    time.now += RETURN_S
+    assert [o["from"] for o in board.exchange("pack-0", "a", report())["admit"]] == ["pack-1", "pack-1"]
 
 
 def test_an_ended_trial_that_a_checkpoint_still_holds_is_repeated_without_changing_its_record(trials):
