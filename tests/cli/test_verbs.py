@@ -222,3 +222,14 @@ def test_doctor(capsys):
         assert item["what"] and item["how"]
     assert main(["doctor"]) == 0
     assert "ready: raycap sweep shapes-git" in capsys.readouterr().out
+
+
+def test_prepare_takes_a_folder_a_file_and_a_hub_id(tmp_path):
+    from raycap.cli.prepare import source_config
+
+    (tmp_path / "dataset_mini.json").write_text("{}")
+    assert source_config(str(tmp_path / "dataset_mini.json"), []).data.source == str(tmp_path / "dataset_mini.json")
+    named = "reach-vb/pokemon-blip-captions@3790f29:default"
+    config = source_config(named, ["data.splits=560,70,70", "data.columns={captions: text}"])
+    assert config.data.source == named and config.data.splits == (560, 70, 70)
+    assert config.data.columns == {"captions": "text"}

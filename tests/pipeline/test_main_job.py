@@ -57,6 +57,7 @@ def test_the_run_folder_keeps_its_contract(run):
         "cider_se",
         "seconds",
         "reason",
+        "captions",
     ]
     assert len(rows) == 4 and all(float(r["scale"]) == float(r["alpha"]) / int(r["rank"]) for r in rows)
     assert {r["state"] for r in rows} <= {"finished", "stopped", "diverged"} and "stopped" in {r["state"] for r in rows}
