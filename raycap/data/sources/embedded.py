@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from raycap.data.sources.base import Rejected, SourceRow
@@ -67,9 +67,16 @@ def _parts(image: Any) -> tuple[bytes | None, str]:
 
 
 def _read(path: str, roots: list[Path]) -> bytes | str:
-    """The bytes of a file below one of `roots`, or why there are none."""
+    """The bytes of a file below one of `roots`, or why there are none. A whole path is followed where it leads into one
+    of them: `datasets` writes such paths, and a table from elsewhere must not have this machine's files read."""
+    given = PurePath(path)
+    if given.is_absolute() and ".." not in given.parts:
+        path = next(
+            (given.relative_to(root.absolute()).as_posix() for root in roots if given.is_relative_to(root.absolute())),
+            path,
+        )
     if (outside := outside_error(path)) is not None:
-        return outside
+        return f"{outside}, or name the folder it lies in as data.images" if given.is_absolute() else outside
     for root in roots:
         try:
             return (root / path).read_bytes()

@@ -114,7 +114,7 @@ class HubDataset:
                     split=split or "",
                     lang=self._lang,
                     title=self.title,
-                    roots=self._roots,
+                    roots=[*self._roots, *_caches()],
                 )
 
     def fingerprint(self) -> str:
@@ -139,3 +139,11 @@ class HubDataset:
         part = next(iter(self.splits.values()))
         part = part.select_columns([n for n in part.column_names if n not in pictures])
         return language_of(c for fields in islice(part, _JUDGED_ROWS) for c in first_captions(fields, self.columns))
+
+
+def _caches() -> list[Path]:
+    """Where `datasets` keeps the files of a downloaded set, whose rows hold paths into it."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [Path(datasets.config.DOWNLOADED_DATASETS_PATH), Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
