@@ -3,17 +3,7 @@
 python jobs/train.py shapes-git lora.r=8 train.lr=2e-3
 """
 
-import sys
-from pathlib import Path
-
-try:
-    from raycap.cli import main
-except ModuleNotFoundError as error:
-    if error.name != "raycap":
-        raise
-    # Not installed, as in a job's working directory: the package lies beside this folder.
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from raycap.cli import main
+from _verb import run
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *(sys.argv[1:])]))
+    run("train")

@@ -8,7 +8,9 @@ import secrets
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from raycap.config import Config
 from raycap.errors import RunError
@@ -53,11 +55,13 @@ def connect(
     num_cpus: int | None = None,
     num_gpus: int | None = None,
     dashboard: bool = False,
+    log: Path | None = None,
 ) -> Iterator[ModuleType]:
     """Yield the connected `ray` module; shut down on the way out what was started here, and nothing else.
 
-    Inside another `connect` the running instance is used as it is. Raises RunError when the cluster that RAY_ADDRESS
-    names does not answer, or when no local one can be started.
+    Inside another `connect` the running instance is used as it is. What Ray says goes to the file `log`; without one
+    its errors go to stderr and the rest nowhere. Raises RunError when the cluster that RAY_ADDRESS names does not
+    answer or does not let us in, or when no local one can be started.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -70,6 +74,8 @@ def connect(
     if address and address != "local":
         probe(address)
         options = {"address": address}
+        # Refused by a token, Ray's client prints a warning a second for twenty seconds. It is read at ray.init.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     else:
         _own_token()
         options = {
@@ -79,29 +85,84 @@ def connect(
         }
         if num_gpus is not None:
             options["num_gpus"] = num_gpus
+    with _chatter(log):
+        try:
+            ray.init(**options, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.getLogger("ray").level)
+        except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+            if "address" in options and options["address"] != "local":
+                raise RunError(f"{_not_let_in(address)} Ray says: {error}") from error
+            raise RunError(f"cannot start a local Ray: {error}") from error
+        except KeyboardInterrupt:
+            ray.shutdown()  # what has started of it
+            raise
+        hold_signals()  # ray.init set a SIGTERM handler that ends the process before a run can note why
+        for name in ("ray.tune", "ray.train", "ray.data", "ray.air"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        global _private
+        _private = address in ("", "local")
+        try:
+            yield ray
+        finally:
+            _private = False
+            ray.shutdown()
+
+
+@contextmanager
+def _chatter(log: Path | None) -> Iterator[None]:
+    """Keep what Ray says in this process off the terminal, and stdout above all, which is for results.
+
+    Two ways lead there: the logger `ray`, and the raylet's messages, which Ray prints to stdout and has no setting for.
+    """
+    import ray
+
+    logger, worker = logging.getLogger("ray"), ray._private.worker
+    before = logger.handlers[:], logger.level, worker.print_to_stdstream
+    if log is not None:
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(log, encoding="utf-8", delay=True)
+        except OSError as error:
+            raise RunError(f"cannot write {log}: {error.strerror}. Choose another run.dir.") from error
+        logger.handlers[:] = [file]
+    logger.setLevel(logging.ERROR if log is None else logging.INFO)
+
+    def raylet_said(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+        for line in data["lines"]:
+            logger.warning("(%s) %s", data.get("pid"), str(line).strip())
+
+    worker.print_to_stdstream = raylet_said
     try:
-        ray.init(**options, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
-        where = f"the Ray cluster at {address}" if address else "a local Ray"
-        raise RunError(f"cannot start or reach {where}: {error}") from error
-    except KeyboardInterrupt:
-        ray.shutdown()  # what has started of it
-        raise
-    hold_signals()  # ray.init set a SIGTERM handler that ends the process before a run can note why
-    for name in ("ray.tune", "ray.train", "ray.data", "ray.air"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    global _private
-    _private = address in ("", "local")
-    try:
-        yield ray
+        yield
     finally:
-        _private = False
-        ray.shutdown()
+        logger.handlers[:], worker.print_to_stdstream = before[0], before[2]
+        logger.setLevel(before[1])
+
+
+def _not_let_in(address: str) -> str:
+    """Why a cluster that listens did not take us: nearly always the token."""
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
+    token = "the one in RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else f"the one in {path}"
+    if mode.lower() == "token":
+        held = f"the token here is {token}"
+    else:
+        held = f"no token is sent, because RAY_AUTH_MODE is {mode or 'not set'}"
+    return (
+        f"the Ray cluster at RAY_ADDRESS={address} listens but did not let us join. If it asks for a token: {held}; set "
+        "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to the cluster's own token."
+    )
 
 
 def private() -> bool:
     """Whether the connected Ray was started by `connect` for this process alone."""
     return _private
+
+
+def title(name: str) -> None:
+    """Call this Ray worker `name` where a person lists processes: `ps`, `top`, the dashboard's page of a node."""
+    import ray
+
+    ray._raylet.setproctitle(f"ray::raycap {name}")
 
 
 def probe(address: str, timeout_s: float = PROBE_TIMEOUT_S) -> None:

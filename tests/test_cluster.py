@@ -97,3 +97,45 @@ def test_a_private_ray_gets_a_token_that_is_written_nowhere(monkeypatch):
     cluster._own_token()
     assert cluster.os.environ["RAY_AUTH_TOKEN"] == token
     monkeypatch.delenv("RAY_AUTH_TOKEN")
+
+
+@pytest.mark.ray
+def test_what_ray_says_goes_to_the_runs_log(ray_session, tmp_path, capfd):
+    """Its logger and the raylet's messages, which Ray prints to stdout; afterwards all is as it was."""
+    import logging
+
+    from ray._private import worker
+
+    before = worker.print_to_stdstream, logging.getLogger("ray").handlers[:]
+    raylet = {"lines": ["WARNING: 8 PYTHON worker processes have been started"], "pid": "raylet", "is_err": False}
+    with cluster._chatter(tmp_path / "logs" / "ray.log"):
+        worker.print_to_stdstream(raylet, ignore_prefix=False)
+        logging.getLogger("ray._private.somewhere").warning("a word of Ray's")
+    said = (tmp_path / "logs" / "ray.log").read_text()
+    assert "(raylet) WARNING: 8 PYTHON worker processes" in said and "a word of Ray's" in said
+    with cluster._chatter(None):
+        worker.print_to_stdstream(raylet, ignore_prefix=False)
+    shown = capfd.readouterr()
+    assert "PYTHON worker" not in shown.out + shown.err and "a word of" not in shown.err
+    assert (worker.print_to_stdstream, logging.getLogger("ray").handlers[:]) == before
+
+
+@pytest.mark.ray
+def test_the_raylets_messages_take_the_way_that_is_turned(ray_session):
+    """The name in Ray that `_chatter` replaces is the one that its listener calls."""
+    import inspect
+
+    from ray._private import worker
+
+    assert "print_to_stdstream(" in inspect.getsource(worker.listen_error_messages)
+
+
+def test_a_cluster_that_does_not_let_us_in_is_explained(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert "no token is sent, because RAY_AUTH_MODE is disabled" in cluster._not_let_in("h:1")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    assert "RAY_AUTH_TOKEN;" in cluster._not_let_in("h:1") and "secret" not in cluster._not_let_in("h:1")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/etc/token")
+    assert "RAY_AUTH_MODE=disabled" not in cluster._not_let_in("h:1") and "/etc/token" in cluster._not_let_in("h:1")

@@ -13,6 +13,7 @@ from typing import Any
 
 from raycap.config import Config, load_config, preset_names
 from raycap.errors import UsageError, did_you_mean
+from raycap.places import found, hint
 
 VARIANTS = ("merged", "merged-nf4")
 
@@ -88,9 +89,9 @@ def preset_list() -> str:
 
 
 def require_folder(text: str, what: str) -> Path:
-    path = Path(text).expanduser()
+    path = found(text)
     if not path.is_dir():
-        raise UsageError(f"there is no folder {text}: expected {what}")
+        raise UsageError(f"there is no folder {text}: expected {what}.{hint(text)}")
     return path
 
 

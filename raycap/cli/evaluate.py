@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from raycap.cli.common import (
     VARIANTS,
@@ -14,6 +13,7 @@ from raycap.cli.common import (
     model_folder,
     print_json,
 )
+from raycap.places import kept
 
 NAME = "evaluate"
 HELP = "caption a split with a run's winner or any model folder, and score the captions"
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     config = config_for_model(model, run_folder, args.settings)
     from raycap.pipeline import evaluate
 
-    out = Path(args.out).expanduser() if args.out else None
+    out = kept(args.out) if args.out else None
     found = evaluate(config, model, split=args.split, out=out, plain=args.plain)
     if args.json:
         print_json(found)

@@ -8,6 +8,7 @@ from pathlib import Path
 from raycap.cli.common import add_json, add_plain, add_settings, preset_list, print_json
 from raycap.config import Config, load_config, preset_names
 from raycap.errors import UsageError, did_you_mean
+from raycap.places import hint, kept
 
 NAME = "prepare"
 HELP = "check an image set row by row and write it as shards that train, Ray Data and datasets read"
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = source_config(args.source, args.settings)
-    out = Path(args.out).expanduser()
+    out = kept(args.out)
     from raycap.pipeline import prepare
 
     prepare(config, out, plain=args.plain)
@@ -63,6 +64,6 @@ def source_config(source: str, settings: list[str]) -> Config:
         if not is_hub_id(source):
             raise UsageError(
                 f"'{source}' is neither a folder nor a preset, nor a file or a hub id; "
-                f"{did_you_mean(source, preset_names())}"
+                f"{did_you_mean(source, preset_names())}{hint(source)}"
             )
     return load_config("shapes-git", [f"run.name={place.name}", f"data.source={place}", *settings])

@@ -17,6 +17,7 @@ from raycap.cli.common import (
 )
 from raycap.config import Config, load_config
 from raycap.errors import ConfigError, UsageError
+from raycap.places import found, kept
 
 NAME = "sweep"
 HELP = "train many trials, export the winner through the gate, serve it, score it, report"
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         from raycap.report.ledger import run_status
 
         if run_status(config.run.dir) == "finished":
+            if args.keep_serving:
+                raise UsageError(f"{config.run.dir} is finished already: `raycap serve {config.run.dir}` serves it")
             return finished(Path(config.run.dir), as_json=args.json)
     from raycap.pipeline import sweep
 
@@ -90,16 +93,16 @@ def resumed_config(place: str, settings: list[str]) -> Config:
         UsageError: no run is there, or a setting differs that the trials so far were trained with.
     """
     fetch(place, settings)
-    if is_run(place):
-        given = load_config(str(Path(place) / "config.yaml"), settings)
-        folder = Path(place)
+    if is_run(found(place)):
+        folder = found(place)
+        given = load_config(str(folder / "config.yaml"), settings)
     else:
         if Path(place).is_dir():
             raise UsageError(f"{place} holds no run to resume: there is no config.yaml in it")
         given = load_config(place, settings)
         if not given.run.dir:
             raise UsageError(f"--resume needs to know which run: name its folder, or add run.dir=... to '{place}'")
-        folder = Path(given.run.dir).expanduser()
+        folder = kept(given.run.dir)
         if not is_run(folder):
             raise UsageError(f"run.dir={folder} holds no run to resume: there is no config.yaml in it")
     started = _flat(run_config(folder))

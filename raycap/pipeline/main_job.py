@@ -69,6 +69,8 @@ def sweep(
         MemoryMeter() as memory,
     ):
         run = _Run(config, ledger, progress, memory)
+        if progress.plain:  # the live display has it in its title
+            progress.line(f"run folder: {ledger.folder}")
         try:
             run.work(resume=resume, keep_serving=keep_serving)
         except KeyboardInterrupt as error:
@@ -98,7 +100,7 @@ class _Run:
 
     def work(self, *, resume: bool, keep_serving: bool) -> None:
         shards = self._prepare()
-        with connect(self.config) as ray, self._noting():
+        with connect(self.config, log=self.folder / "logs" / "ray.log") as ray, self._noting():
             found = self._sweep(shards, resume)
             exported = self._export(ray, shards, found)
             if exported["refused"]:

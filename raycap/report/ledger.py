@@ -17,6 +17,7 @@ from raycap.config import Config
 from raycap.data.lock import FileLock
 from raycap.errors import RunError
 from raycap.files import read_json, read_whole, set_aside, write_atomic, write_json, write_jsonl
+from raycap.places import kept
 from raycap.report.provenance import commit, versions
 
 RUN_JSON, CONFIG, TRIALS, METRICS, GATE, REPORT = (
@@ -41,6 +42,8 @@ STATUSES = ("finished", "failed", "interrupted")
 def choose_run_dir(config: Config, *, root: Path | str = "results", claim: bool = True) -> Path:
     """The folder of a new run: `run.dir` if given, else results/<name>, then <name>-2, <name>-3, ...
 
+    In a job, a relative one lies where it is kept (raycap.places).
+
     A folder that is there already and not empty is some other run's, finished or not. With `claim` the folder is made,
     so that two runs started together never share one.
 
@@ -48,7 +51,7 @@ def choose_run_dir(config: Config, *, root: Path | str = "results", claim: bool 
         RunError: `run.dir` holds a run or other files, or cannot be made.
     """
     if config.run.dir:
-        folder = Path(config.run.dir).expanduser()
+        folder = kept(config.run.dir)
         _refuse_taken(folder)
         if claim:
             _make(folder)  # or an empty one that was there: its lock decides between two runs
@@ -56,7 +59,7 @@ def choose_run_dir(config: Config, *, root: Path | str = "results", claim: bool 
     name = config.run.name or "run"
     number = 1
     while True:
-        folder = Path(root) / (name if number == 1 else f"{name}-{number}")
+        folder = kept(root) / (name if number == 1 else f"{name}-{number}")
         if not _taken(folder) and (not claim or _make(folder)):
             return folder
         number += 1

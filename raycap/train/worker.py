@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from raycap.cluster import usable_cores
+from raycap.cluster import title, usable_cores
 from raycap.config import Config, from_dict
 from raycap.data.lock import FileLock
 from raycap.errors import ModelError, RaycapError, RunError
@@ -48,6 +48,7 @@ def pack_loop(job: dict[str, Any]) -> None:
 
     name = f"pack-{job['pack']}"
     config = from_dict(job["config"])
+    title(f"{name} of {config.run.name or Path(job['run_dir']).name}")
     try:
         board = ray.get_actor(job["board"], namespace=job["namespace"])
         mine = ray.get(board.driver.remote()) == job["driver"]

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raycap.cluster import title
 from raycap.files import read_whole
 from raycap.train.record import read_records
 from raycap.trial import TrialSpec
@@ -19,6 +20,7 @@ class BoardActor:
     packs and clients tell it the rest."""
 
     def __init__(self, plan: dict[str, Any]):
+        title(f"board of {plan['run']}")
         run_dir = Path(plan["run_dir"])
         ledger = run_dir / "checkpoints" / "rungs.json"
         verdicts = (read_whole(ledger) or {}).get("verdicts", {})

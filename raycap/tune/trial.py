@@ -20,6 +20,9 @@ def trial_client(config: dict[str, Any]) -> None:
     import ray
     from ray import tune
 
+    from raycap.cluster import title
+
+    title(f"client for {config['trial']}")
     board = ray.get_actor(config["board"], namespace=config["namespace"])
     trial, me, seen = config["trial"], uuid.uuid4().hex, 0
     ray.get(board.lease.remote(trial, me))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_every_node_installs_this_package_sees_the_storage_and_asks_for_a_token(
     assert any(remote.endswith(".ray/auth_token") for remote in config["file_mounts"])
     for kind in ("head", "worker"):
         start = "\n".join(config[f"{kind}_start_ray_commands"])
-        assert "RAY_AUTH_MODE=token" in start and "RAYCAP_CACHE=/shared/cache" in start
+        assert "RAY_AUTH_MODE=token" in start and "RAYCAP_CACHE=/shared/cache RAYCAP_HOME=/shared" in start
     head = "\n".join(config["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in head
     assert int(re.search(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", head).group(1)) >= 60
@@ -125,6 +126,32 @@ def test_a_job_takes_the_whole_package_along_and_nothing_big():
         assert goes(name), name
     for name in ("results/LOG.md", "tests/conftest.py", ".venv/bin/python"):
         assert not goes(name), name
+
+
+def test_the_zip_that_a_job_uploads_has_the_code_and_no_data(tmp_path):
+    """Made by Ray's own packaging, from a checkout in which somebody has worked."""
+    from ray._private.runtime_env.packaging import create_package
+
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "raycap", checkout / "raycap")
+    shutil.copytree(ROOT / "jobs", checkout / "jobs")
+    for name in (".rayignore", ".gitignore", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, checkout / name)
+    home = ["data/photos/a.jpg", "results/shapes-git/best/merged/model.safetensors", "results/LOG.md", ".venv/bin/python",
+            ".git/config", "tests/test_x.py", "docs/report.png", "raycap.egg-info/PKG-INFO", ".pytest_cache/x"]  # fmt: skip
+    for name in home:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("x")
+    create_package(str(checkout), tmp_path / "upload.zip", include_gitignore=True, excludes=[])
+    with zipfile.ZipFile(tmp_path / "upload.zip") as archive:
+        uploaded = {name for name in archive.namelist() if not name.endswith("/")}
+    assert not uploaded & set(home)
+    code = {
+        f.relative_to(ROOT).as_posix() for top in ("raycap", "jobs") for f in (ROOT / top).rglob("*") if f.is_file()
+    }
+    assert {name for name in code if "__pycache__" not in name} <= uploaded
+    assert uploaded - code <= {".rayignore", ".gitignore", "pyproject.toml", "constraints.txt"}
+    assert (tmp_path / "upload.zip").stat().st_size < 20 * 2**20, "Ray refuses 100 MiB"
 
 
 def test_aws_mounts_one_file_system_in_both_places():
@@ -165,6 +192,7 @@ def test_kuberay_pods_share_the_image_and_the_storage():
         assert container["image"].endswith(":" + image_tag())
         assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
         assert {"name": "RAYCAP_CACHE", "value": "/shared/cache"} in container["env"]
+        assert {"name": "RAYCAP_HOME", "value": "/shared"} in container["env"]
         assert "/shared" in [mount["mountPath"] for mount in container["volumeMounts"]]
         claims = [v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
         assert claims == [claim["metadata"]["name"]]

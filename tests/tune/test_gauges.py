@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+import time
+import urllib.request
 from pathlib import Path
+
+import pytest
 
 from raycap.config import load_config
 from raycap.tune import gauges
@@ -40,3 +46,38 @@ def test_the_docs_name_every_gauge():
     text = DOCS.read_text()
     for name in (*gauges.TRIAL, *gauges.PACK):
         assert f"`ray_{name}`" in text, name
+
+
+def test_the_grafana_dashboard_shows_every_gauge_and_nothing_else():
+    dashboard = json.loads(DOCS.with_name("grafana.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    shown = {re.search(r"ray_(raycap_\w+)\{", expression).group(1) for expression in asked}
+    assert shown == {*gauges.TRIAL, *gauges.PACK}
+    for expression in asked:
+        tag = "trial" if "raycap_trial" in expression else "pack"
+        # Several processes may export one trial, one after another.
+        assert expression.startswith(f"max by ({tag}) (") and 'run=~"$run"' in expression
+    variables = {v["name"]: v for v in dashboard["templating"]["list"]}
+    assert "label_values(ray_raycap_pack_slots, run)" in variables["run"]["query"]["query"]
+    assert len({(p["gridPos"]["x"], p["gridPos"]["y"]) for p in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+@pytest.mark.ray
+def test_prometheus_finds_them_at_the_node(ray_session):
+    """Set in this process, scraped from the port of the node's agent, under the names of docs/operations.md."""
+    trial = {"trial_id": "t00", "steps": 4, "loss": 2.5, "curve": [{"val_loss": 3.0, "cider": 0.75}]}
+    pack = {"slots": 1, "rate": 9.0, "memory_bytes": 5e9}
+    gauges.Gauges("scraped").set({"trials": [trial], "packs": {"pack-0": pack}})
+    (node,) = ray_session.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    expected = {f"ray_{name}" for name in (*gauges.TRIAL, *gauges.PACK)}
+    deadline, found = time.monotonic() + 60, {}
+    while expected - set(found) and time.monotonic() < deadline:
+        time.sleep(1)
+        text = urllib.request.urlopen(url, timeout=10).read().decode()
+        found = dict(re.findall(r'^(ray_raycap_\w+)\{[^}]*run="scraped"[^}]*\} (\S+)', text, re.MULTILINE))
+    assert {name: float(value) for name, value in found.items()} == {
+        "ray_raycap_trial_cider": 0.75, "ray_raycap_trial_val_loss": 3, "ray_raycap_trial_loss": 2.5,
+        "ray_raycap_trial_step": 4, "ray_raycap_pack_slot_steps_per_second": 9, "ray_raycap_pack_slots": 1,
+        "ray_raycap_pack_memory_bytes": 5e9,
+    }  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 from raycap.config import DataSettings
 from raycap.data.sources.base import OPTIONAL, SPLITS, Rejected, Source, SourceRow
 from raycap.errors import ConfigError, DataError, did_you_mean
+from raycap.places import hint
 
 __all__ = ["SOURCES", "SPLITS", "Rejected", "Source", "SourceRow", "detect", "open_source", "register"]
 
@@ -66,7 +67,9 @@ def detect(path: Path | str) -> str:
             return "hub"
         near = did_you_mean(str(path), BUILT_IN) if len(place.parts) == 1 else "check the path."
         known = ", ".join(BUILT_IN)
-        raise ConfigError(f"data.source={path} is neither a built-in set ({known}) nor a folder here; {near}")
+        raise ConfigError(
+            f"data.source={path} is neither a built-in set ({known}) nor a folder here; {near}{hint(path)}"
+        )
     for name in SOURCES:
         if name not in BUILT_IN and load_source(name).detect(place):
             return name
