@@ -206,6 +206,7 @@ def test_jobs_are_thin_and_run_where_raycap_is_not_installed(job, tmp_path):
         "            raise ModuleNotFoundError('hidden', name='raycap')\n"
         "sys.meta_path.insert(0, Hide())\n"
         f"sys.argv = [{str(path)!r}, '--help']\n"
+        f"sys.path.insert(0, {str(path.parent)!r})\n"  # as `python jobs/...` has it
         f"runpy.run_path({str(path)!r}, run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
