@@ -41,6 +41,6 @@ def hint(path: Path | str) -> str:
     if Path(path).expanduser().is_absolute() or not in_copy():
         return ""
     return (
-        f" A job sees the folder it was submitted with, without what .rayignore leaves out, and {kept('.')}: "
+        " A job sees the folder it was submitted with, without what .rayignore leaves out: "
         "give an absolute path that all nodes see."
     )

@@ -81,8 +81,12 @@ def test_a_wrong_setting_fails_in_the_same_words_as_locally(head):
 
 
 def test_a_folder_that_stayed_at_home_is_explained(head):
-    assert head.submit("away", "python", "jobs/sweep.py", "photos-git-tiny", "data.source=data/my-photos") == "FAILED"
-    assert "data.source=data/my-photos" in head.logs("away") and "absolute path that all nodes see" in head.logs("away")
+    assert (
+        head.submit("away", "python", "jobs/sweep.py", "photos-git-tiny", "data.source=../data/my-photos") == "FAILED"
+    )
+    assert "data.source=../data/my-photos" in head.logs("away") and "absolute path that all nodes see" in head.logs(
+        "away"
+    )
 
 
 def test_no_arguments_run_shapes_git_and_raycap_home_says_where(head, folder):

@@ -22,6 +22,7 @@ from raycap.data.sources.columns import checked_columns, require_columns
 from raycap.data.sources.embedded import embedded_row, first_captions, wanted_columns
 from raycap.data.sources.table import find_licence
 from raycap.errors import DataError
+from raycap.places import hint
 
 HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+?)(@(?P<revision>[\w./-]+))?(:(?P<configuration>[\w.-]+))?")
 _JUDGED_ROWS = 200
@@ -89,7 +90,7 @@ class HubDataset:
                 raise DataError(f"{self._folder} cannot be read as a data set of save_to_disk ({said})") from error
             raise DataError(
                 f"data.source={self.settings.source}: there is no such folder here, and the hub does not give a data set "
-                f"of this id ({said})"
+                f"of this id ({said}).{hint(self.settings.source)}"
             ) from error
 
     @cached_property
