@@ -92,7 +92,7 @@ def resumed_config(place: str, settings: list[str]) -> Config:
     Raises:
         UsageError: no run is there, or a setting differs that the trials so far were trained with.
     """
-    fetch(place, settings)
+    fetch(str(found(place)), settings)
     if is_run(found(place)):
         folder = found(place)
         given = load_config(str(folder / "config.yaml"), settings)
