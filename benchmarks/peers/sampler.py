@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-LOOK_EVERY_S = 0.5
+LOOK_EVERY_S = 2.0
+"""Proportional memory costs the kernel a walk over every page of every process, which the sides would pay for."""
 
 
 class TreeSampler(threading.Thread):
