@@ -112,7 +112,7 @@ def shared_job(config: Any, options: argparse.Namespace, out: Path) -> dict[str,
     import torch
 
     from raycap.cluster import usable_cores
-    from raycap.data.order import SampleOrder, samples
+    from raycap.data.order import Sampler
     from raycap.data.shards import open_shards, prepare_if_needed
     from raycap.models import load_family, load_model, resolve_path
     from raycap.models.quantise import pick_dtype
@@ -123,9 +123,9 @@ def shared_job(config: Any, options: argparse.Namespace, out: Path) -> dict[str,
     say("preparing the shards")
     shards = open_shards(prepare_if_needed(config))
     counts = np.array([len(row["captions"]) for row in shards.iter_rows("train", ("captions",))])
-    pairs = samples(counts, config.data.captions)
-    order = SampleOrder(len(pairs), config.train.batch, config.run.seed)
-    np.save(out / "order.npy", np.stack([pairs[order.rows(step)] for step in range(config.train.steps)]))
+    sampler = Sampler(counts, config.data.captions, config.train.batch, config.run.seed)
+    np.save(out / "order.npy", np.stack([sampler.pairs(step) for step in range(config.train.steps)]))
+    held_out = SimpleNamespace(image_ids=list(shards.references("val")), langs=shards.langs("val"))
     family = load_family(config.model.family)
     cm = load_model(config.model, config.data, quantisation="none", device="cpu")
     trials = [
@@ -152,7 +152,7 @@ def shared_job(config: Any, options: argparse.Namespace, out: Path) -> dict[str,
         "eta": config.tune.eta,
         "prompt": config.data.prompt,
         "max_text_tokens": config.data.max_text_tokens,
-        "val_rows": Validator(None, None, config).rows(SimpleNamespace(count=shards.counts["val"])).tolist(),
+        "val_rows": Validator(None, None, config).rows(held_out).tolist(),
         "decode": config.to_dict()["decode"],
         "dataloader_workers": options.dataloader_workers,
         "asha_cpus": options.asha_cpus,
