@@ -185,6 +185,10 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"data.shapes_images={list(c.data.shapes_images)} must be three counts of at least 1 (train, val, test)"
         )
+    if not 0 <= c.data.quality <= 100:
+        raise ConfigError(f"data.quality={c.data.quality} must lie between 0 (lossless) and 100")
+    if c.data.quality and c.data.store != "resized":
+        raise ConfigError(f"data.quality={c.data.quality} has no effect with data.store={c.data.store}")
     if c.tune.eta < 2:
         raise ConfigError(f"tune.eta={c.tune.eta} must be at least 2")
     if not 0 <= c.tune.grace_steps <= c.train.steps:

@@ -49,6 +49,13 @@ class DataSettings:
     captions: Literal["all", "first", "random-per-epoch", "best-clipscore", "weighted-clipscore"] = "all"
     """Which captions of an image are trained on: each as a sample of its own, or one an image: the first, another one
     each epoch, the one with the highest CLIPScore, or one each epoch with a chance proportional to its CLIPScore."""
+    clip_model: str = "ViT-B-32/openai"
+    """The CLIP that chooses captions: architecture/weights as open_clip lists them, or a folder in its layout."""
+    store: Literal["original", "resized", "pixels"] = "original"
+    """What the shards hold: the image files as they came, or each image resized once as the model's processor does it,
+    as a compressed file (`resized`) or as plain pixels (`pixels`: larger, and read without decoding)."""
+    quality: int = 0
+    """Of data.store=resized: 0 is lossless (PNG), 1 to 100 the quality of a JPEG."""
     splits: tuple[float, ...] = (0.8, 0.1, 0.1)
     """Shares of train, val, test for images that name no split, drawn by group; or counts, such as 560,70,70."""
     missing_splits: Literal["refuse", "draw"] = "refuse"

@@ -122,10 +122,14 @@ class Shards:
         return [_file(self.folder, f["name"]) for part in parts for f in self.manifest["files"] if f["split"] == part]
 
     def row_groups(self, split: str) -> list[dict[str, Any]]:
-        """Where the rows lie: {file, row_group, offset (row of the split), rows}, from the footers alone."""
+        """Where the rows lie: {file, row_group, offset (row of the split), rows, resized_for}, from the footers alone.
+
+        `resized_for` is the hash of the processor that the images were resized by, empty for originals.
+        """
         import pyarrow.parquet as pq
 
         groups, offset = [], 0
+        resized_for = (self.manifest.get("store") or {}).get("processor", "")
         for file in self.files(split):
             try:
                 with open_file(file) as opened:
@@ -135,7 +139,8 @@ class Shards:
             for number in range(footer.num_row_groups):
                 rows = footer.row_group(number).num_rows
                 place = file if is_url(file) else str(Path(file).resolve())
-                groups.append({"file": place, "row_group": number, "offset": offset, "rows": rows})
+                found = {"file": place, "row_group": number, "offset": offset, "rows": rows}
+                groups.append({**found, "resized_for": resized_for})
                 offset += rows
         return groups
 
@@ -264,6 +269,7 @@ def read_row_group(group: dict[str, Any], columns: Sequence[str] | None = None) 
         raise DataError(damaged(group["file"], group["row_group"], f"{len(rows)} rows, expected {group['rows']}"))
     for i, row in enumerate(rows):
         row["row"] = group["offset"] + i
+        row["resized_for"] = group.get("resized_for", "")
     return rows
 
 

@@ -1,15 +1,20 @@
 """`prepare`: from a source to a folder of parquet shards. Reading them back is `parquet.py`'s, offered here too.
 
-Two passes. The first reads, cleans and decodes each row once and spools the images to disk; only then are all groups
-known, and splits can be drawn. The second writes the shards. The same input gives the same bytes: nothing depends on
-time, place or the order of a dict; pyarrow's version, on which the bytes of a parquet file depend, is recorded.
+The source is read once and spooled to disk; the images are decoded and checked; only then are all groups known, and
+splits can be drawn; captions are scored by CLIP, where asked for; the shards are written. All but the reading is cut
+into pieces (units.py) that may run on many cores and nodes, and that a restart does not do again. The same input gives
+the same bytes: nothing depends on time, place or the order of a dict; pyarrow's version, on which the bytes of a
+parquet file depend, is recorded.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import re
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,9 +23,10 @@ from typing import Any
 from raycap.config import Config, DataSettings
 from raycap.data import duplicates, images
 from raycap.data.duplicates import Picture, find_duplicates, merged_groups, rows_to_drop
-from raycap.data.images import BadImage, Look, check_image
+from raycap.data.images import CheckedImage, Look, check_image
 from raycap.data.leaks import find_leaks, leak_counts, leak_error, leak_line
 from raycap.data.lock import FileLock
+from raycap.data.order import SCORED
 from raycap.data.parquet import (
     MANIFEST,
     REJECTED,
@@ -29,35 +35,50 @@ from raycap.data.parquet import (
     Shards,
     is_shards_folder,
     open_shards,
-    schema,
 )
+from raycap.data.pixels import sizes_on_disk
 from raycap.data.sources import SPLITS, Rejected, Source, SourceRow, detect, open_source
 from raycap.data.splits import are_counts, assign_splits, fill_missing, resampling_groups
 from raycap.data.text_rules import RULES, clean_caption_counted
+from raycap.data.units import (
+    UNIT_ROWS,
+    CheckWork,
+    Progress,
+    Rate,
+    ScoreWork,
+    ShardWork,
+    Spool,
+    Tools,
+    choose_best,
+    facts_of,
+    read_place,
+    run_units,
+)
 from raycap.errors import ConfigError, DataError, RunError
-from raycap.files import sha256_file, sha256_json, write_json, write_jsonl
+from raycap.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from raycap.storage import is_url, without_secret
 
-__all__ = ["Manifest", "Progress", "Shards", "is_shards_folder", "open_shards", "prepare", "prepare_if_needed"]
+__all__ = ["Manifest", "Progress", "Shards", "Tools", "is_shards_folder", "open_shards", "prepare", "prepare_if_needed"]
 
 Manifest = dict[str, Any]
-Progress = Callable[[int, int | None, str], None]
-"""Called as progress(done, total, message)."""
 
 _LOCK = ".lock"
-_SPOOL = ".spool"
+_WORK = ".work"
 _LEAKS = "leaks.jsonl"
 _REPORT_ROWS = 50
+_ADDRESS = re.compile(r" <[\w.]+ object at 0x[0-9a-f]+>")
+"""What PIL calls a file in memory: another one each time."""
+_SIZE_SAMPLE = 32
+"""Images from which the size on disk is told beforehand."""
 
 
 @dataclass(slots=True)
 class _Row:
-    """A row that passed the checks; its image lies in the spool at [start, start + size)."""
+    """A row that passed the checks; its image lies in the working folder at `place` (see units.read_place)."""
 
     source: SourceRow
     captions: list[str]
-    start: int
-    size: int
+    place: list[Any]
     width: int
     height: int
     sha256: str
@@ -66,13 +87,17 @@ class _Row:
 
 @dataclass(slots=True)
 class _Checked:
-    """What the first pass found."""
+    """What the checks found."""
 
     rows: list[_Row] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     read: int = 0
     beyond_limit: int = 0
     images_changed: Counter[str] = field(default_factory=Counter)
+    seen: dict[str, str] = field(default_factory=dict)
+    """Where each image id stands."""
+    named: Counter[str] = field(default_factory=Counter)
+    """Rows kept by the split that the source names."""
     captions_read: int = 0
     captions_changed: Counter[str] = field(default_factory=Counter)
     """Captions by the rule that changed them."""
@@ -85,46 +110,63 @@ class _Checked:
         self.rows = [row for i, row in enumerate(self.rows) if i not in gone]
 
 
-def prepare(config: Config, out: Path | str, progress: Progress | None = None) -> Manifest:
+def prepare(config: Config, out: Path | str, progress: Progress | None = None, tools: Tools | None = None) -> Manifest:
     """Write `config.data.source` as shards into `out`, and return the manifest, which is written last.
 
-    An unfinished folder is done anew; so is a finished one, once the source could be opened.
+    An unfinished folder is gone on with, when it had the same input; a finished one is done anew, once the source could
+    be opened. `tools` are what the settings ask for from other rooms (pipeline.prepare_tools gives them).
 
     Raises:
+        ConfigError: a setting needs a tool that is not given.
         DataError: the source cannot be read, nothing of it is left, or a split would have no rows.
         RunError: `out` cannot be written, or holds files that are not shards.
     """
     out = Path(out)
     if is_url(config.data.source) or is_shards_folder(Path(config.data.source).expanduser()):
         raise DataError(f"data.source={without_secret(config.data.source)} is prepared already; use it as it is")
+    tools = _checked_tools(config, tools)
     source = open_source(config.data, config.run.seed)
     _check_empty(out)
     with FileLock(out / _LOCK):
-        return _prepare(config, source, out, progress)
+        return _prepare(config, source, out, tools, progress)
 
 
-def prepare_if_needed(config: Config, progress: Progress | None = None) -> Path | str:
+def _checked_tools(config: Config, tools: Tools | None) -> Tools:
+    tools, store = tools or Tools(), config.data.store
+    if (store != "original") != (tools.resize is not None):
+        raise ConfigError(f"data.store={store} and a model's resizing that was {'not ' * (tools.resize is None)}given")
+    if needs_clip_scores(config) and tools.score is None:
+        raise ConfigError(f"data.captions={config.data.captions} needs CLIPScores, and no scorer was given")
+    return tools
+
+
+def needs_clip_scores(config: Config) -> bool:
+    """Whether training, or a trial of the sweep, chooses captions by CLIPScore."""
+    searched = (config.tune.space.get("data.captions") or {}).get("choice") or ()
+    return config.data.captions in SCORED or any(choice in SCORED for choice in searched)
+
+
+def prepare_if_needed(config: Config, progress: Progress | None = None, tools: Tools | None = None) -> Path | str:
     """The shards of `config.data.source`: itself when it is a shards folder (a path, or a url of one that `prepare`
     wrote), else prepared once under the cache.
 
     The cache's folder is named by settings and content, so that a changed source is prepared again.
     """
     if is_url(config.data.source):
-        _check_limit(config, found := open_shards(config.data.source))
+        _check_prepared(config, found := open_shards(config.data.source))
         return found.folder
     given = Path(config.data.source).expanduser()
     if is_shards_folder(given) or (given / REJECTED).is_file():  # rejected.jsonl alone: `prepare` did not finish
-        _check_limit(config, open_shards(given))
+        _check_prepared(config, open_shards(given))
         return given
-    name = detect(config.data.source)
+    tools = _checked_tools(config, tools)
     source = open_source(config.data, config.run.seed)
-    key = sha256_json({"settings": _settings(config), "cleaning": _cleaning(), "source": name,
-                       "content": source.fingerprint()})[:16]  # fmt: skip
-    folder = config.cache_dir / "data" / f"{name}-{key}"
+    key = _key(config, source, tools)[:16]
+    folder = config.cache_dir / "data" / f"{detect(config.data.source)}-{key}"
     if not _opens(folder):
         with FileLock(folder / _LOCK):
             if not _opens(folder):  # nobody finished it while we waited
-                _prepare(config, source, folder, progress)
+                _prepare(config, source, folder, tools, progress)
     open_shards(folder)
     return folder
 
@@ -138,80 +180,123 @@ def _opens(folder: Path) -> bool:
     return True
 
 
-def _prepare(config: Config, source: Source, out: Path, progress: Progress | None) -> Manifest:
+def _prepare(config: Config, source: Source, out: Path, tools: Tools, progress: Progress | None) -> Manifest:
     with _writing(out):
-        for leftover in (
-            out / MANIFEST,
-            out / REJECTED,
-            out / _LEAKS,
-            out / _SPOOL,
-            *out.glob("*.parquet"),
-            *out.glob(".*.parquet"),
-        ):
-            leftover.unlink(missing_ok=True)
-        with open(out / _SPOOL, "w+b") as spool:
-            checked = _check_rows(source, config, spool, progress)
-            write_jsonl(out / REJECTED, [_rejected_line(r) for r in checked.rejected])
-            _drop_duplicates(config, checked)
-            splits = _splits(config, source, checked)
-            splits = _settle_leaks(config, source, checked, splits, out)
-            write_jsonl(out / REJECTED, [_rejected_line(r) for r in checked.rejected])
-            kept = _limited(checked, splits, config.data.limit)
-            groups = _groups([checked.rows[i] for i in kept], [splits[i] for i in kept])
-            files, content = [], hashlib.sha256()
-            for split in SPLITS:
-                chosen = [(checked.rows[i], g) for i, g in zip(kept, groups) if splits[i] == split]
-                files += _write_split(out, split, chosen, spool, config.data.rows_per_shard, content)
-        (out / _SPOOL).unlink()
-        manifest = _manifest(config, source, checked, files, [splits[i] for i in kept], groups, content.hexdigest())
-        manifest["languages"] = _languages([(splits[i], checked.rows[i].source.lang) for i in kept])
+        work = _working_folder(config, source, out, tools)
+        checked = _check_rows(source, config, work, tools, progress)
+        write_jsonl(out / REJECTED, [_rejected_line(r) for r in checked.rejected])
+        _drop_duplicates(config, checked)
+        splits = _splits(config, source, checked)
+        splits = _settle_leaks(config, source, checked, splits, out)
+        write_jsonl(out / REJECTED, [_rejected_line(r) for r in checked.rejected])
+        kept = _limited(checked, splits, config.data.limit)
+        rows, splits = [checked.rows[i] for i in kept], [splits[i] for i in kept]
+        groups = _groups(rows, splits)
+        _check_space(config, out, rows, tools, progress)
+        scores = _scores(work, rows, tools, progress)
+        files, content = _write_shards(config, work, rows, splits, groups, scores, tools, progress)
+        manifest = _manifest(config, source, checked, files, splits, groups, content, tools)
+        manifest["languages"] = _languages([(s, row.source.lang) for s, row in zip(splits, rows)])
         write_json(out / MANIFEST, manifest)
+        shutil.rmtree(work)
     if progress:
         progress(checked.read, checked.read, _summary(manifest))
     return manifest
 
 
-def _check_rows(source: Source, config: Config, spool: Any, progress: Progress | None) -> _Checked:
-    """First pass: every item of the source is kept (image spooled) or rejected with its reason."""
+def _working_folder(config: Config, source: Source, out: Path, tools: Tools) -> Path:
+    """The folder of what is done so far: that of a `prepare` that was killed, when it had the same input, else a new one."""
+    import pyarrow as pa
+
+    work, same = out / _WORK, {"key": _key(config, source, tools), "pyarrow": pa.__version__}
+    begun = work / "begun.json"
+    if (out / MANIFEST).is_file() or not begun.is_file() or read_json(begun) != same:
+        for leftover in (out / MANIFEST, out / REJECTED, out / _LEAKS, *out.glob("*.parquet"), *out.glob(".*.parquet")):
+            leftover.unlink(missing_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write_json(begun, same)
+    return work
+
+
+def _check_rows(source: Source, config: Config, work: Path, tools: Tools, progress: Progress | None) -> _Checked:
+    """Every item of the source is kept (its image spooled) or rejected with its reason, in the source's order."""
     found = _Checked()
-    total = len(source)
-    seen: dict[str, str] = {}
-    named: Counter[str] = Counter()
-    for item in source:
-        found.read += 1
-        if progress and found.read % _REPORT_ROWS == 0:
-            progress(found.read, total, f"{len(found.rows)} rows kept, {len(found.rejected)} rejected")
-        if isinstance(item, SourceRow) and item.image_id in seen:
-            error = f"image id '{item.image_id}' stands at {seen[item.image_id]} already"
-            item = Rejected(item.image_id, item.where, "duplicate-id", error)
-        if isinstance(item, Rejected):
-            found.rejected.append(item)
-            continue
-        if config.data.limit and item.split and named[item.split] >= config.data.limit:
-            found.beyond_limit += 1
-            continue
-        captions, dropped = _clean_captions(item, found)
-        found.rejected.extend(dropped)
-        if not captions:
-            error = f"all of its {len(item.captions)} captions are empty"
-            found.rejected.append(Rejected(item.image_id, item.where, "no-captions", error))
-            continue
-        image = check_image(item.image)
-        if isinstance(image, BadImage):
-            error = f"{item.path}: {image.error}" if item.path else image.error
-            found.rejected.append(Rejected(item.image_id, item.where, image.reason, error))
-            continue
-        if image.changed:
-            found.images_changed[image.changed] += 1
-        seen[item.image_id] = item.where
-        named[item.split] += 1
-        start = spool.tell()
-        spool.write(image.data)
-        # The bytes are in the spool: held here too, a large set would not fit into memory.
-        light = SourceRow(item.image_id, b"", [], item.split, item.group, item.lang, item.source, item.path, item.where)
-        size = len(image.data)
-        found.rows.append(_Row(light, captions, start, size, image.width, image.height, image.sha256, image.look))
+    if config.data.limit:  # who wants a few rows shall not wait for all of them to be read: checked as they come
+        spool = Spool(work)
+        for item in source:
+            if isinstance(item, SourceRow) and item.split and found.named[item.split] >= config.data.limit:
+                found.read += 1
+                found.beyond_limit += 1
+                continue
+            checked = check_image(item.image) if isinstance(item, SourceRow) else None
+            place = spool.put(checked.data) if isinstance(checked, CheckedImage) else []
+            facts = None if checked is None else facts_of(checked)[0]
+            _take(found, item, place, facts)
+        spool.close()
+        return found
+    items = _spooled(source, work, progress)
+    places = [place for item, place in items if isinstance(item, SourceRow)]
+    units = [
+        {"number": f"{n:05d}", "rows": len(part), "places": part} for n, part in enumerate(_parts(places, UNIT_ROWS))
+    ]
+    results = run_units(CheckWork(work, check_image), units, tools.run, progress, "images checked")
+    facts = (one for result in results for one in result["found"])
+    for item, place in items:
+        _take(found, item, place, next(facts) if isinstance(item, SourceRow) else None)
     return found
+
+
+def _spooled(source: Source, work: Path, progress: Progress | None) -> list[tuple[SourceRow | Rejected, list[Any]]]:
+    """The source's items without their images, and where in the spool those lie; read once, and kept for a restart."""
+    kept = work / "items.jsonl"
+    if not kept.is_file():
+        spool, lines = Spool(work), []
+        rate = Rate(progress, 0, len(source), "rows read")
+        for item in source:
+            place = spool.put(item.image) if isinstance(item, SourceRow) else []
+            # The bytes are in the spool: held here too, a large set would not fit into memory.
+            fields = {f.name: getattr(item, f.name) for f in dataclasses.fields(item) if f.name != "image"}
+            lines.append({"kind": type(item).__name__, "place": place, "item": fields})
+            if len(lines) % _REPORT_ROWS == 0:
+                rate.add(_REPORT_ROWS)
+        spool.close()
+        write_jsonl(kept, lines)
+    return [
+        (SourceRow(image=b"", **line["item"]) if line["kind"] == "SourceRow" else Rejected(**line["item"]),
+         line["place"])
+        for line in read_jsonl(kept)
+    ]  # fmt: skip
+
+
+def _take(found: _Checked, item: SourceRow | Rejected, place: list[Any], facts: dict[str, Any] | None) -> None:
+    """Keep or reject one item, given what the check of its image found."""
+    found.read += 1
+    if isinstance(item, SourceRow) and item.image_id in found.seen:
+        error = f"image id '{item.image_id}' stands at {found.seen[item.image_id]} already"
+        item = Rejected(item.image_id, item.where, "duplicate-id", error)
+    if isinstance(item, Rejected):
+        found.rejected.append(item)
+        return
+    captions, dropped = _clean_captions(item, found)
+    found.rejected.extend(dropped)
+    if not captions:
+        error = f"all of its {len(item.captions)} captions are empty"
+        found.rejected.append(Rejected(item.image_id, item.where, "no-captions", error))
+        return
+    if "reason" in facts:
+        error = _ADDRESS.sub(" the file", facts["error"])
+        error = f"{item.path}: {error}" if item.path else error
+        found.rejected.append(Rejected(item.image_id, item.where, facts["reason"], error))
+        return
+    if facts["changed"]:
+        found.images_changed[facts["changed"]] += 1
+    found.seen[item.image_id] = item.where
+    found.named[item.split] += 1
+    light = dataclasses.replace(item, image=b"", captions=[])
+    place = facts.get("place") or place
+    look = Look(facts["look"]["phash"], bytes.fromhex(facts["look"]["thumbnail"]))
+    found.rows.append(_Row(light, captions, place, facts["width"], facts["height"], facts["sha256"], look))
 
 
 def _clean_captions(item: SourceRow, found: _Checked) -> tuple[list[str], list[Rejected]]:
@@ -334,38 +419,72 @@ def _groups(rows: list[_Row], splits: list[str]) -> list[str]:
     return resampling_groups([(r.source.image_id, r.source.group, r.captions) for r in rows], splits)
 
 
-def _write_split(
-    out: Path, split: str, rows: list[tuple[_Row, str]], spool: Any, rows_per_shard: int, content: Any
-) -> list[dict[str, Any]]:
-    """Write the split's shards, add its rows to the hash `content`; returns the manifest's entries."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    files = []
-    for number, begin in enumerate(range(0, len(rows), rows_per_shard)):
-        name = f"{split}-{number:05d}.parquet"
-        with pq.ParquetWriter(out / f".{name}", schema()) as writer:
-            shard = rows[begin : begin + rows_per_shard]
-            for start in range(0, len(shard), ROW_GROUP_ROWS):
-                records = []
-                for row, group in shard[start : start + ROW_GROUP_ROWS]:
-                    spool.seek(row.start)
-                    record = _record(row, split, group, spool.read(row.size))
-                    content.update(sha256_json({k: v for k, v in record.items() if k != "image"}).encode())
-                    records.append(record)
-                writer.write_table(pa.Table.from_pylist(records, schema=schema()), row_group_size=ROW_GROUP_ROWS)
-        (out / f".{name}").rename(out / name)
-        size = (out / name).stat().st_size
-        files.append(
-            {"name": name, "split": split, "rows": len(shard), "bytes": size, "sha256": sha256_file(out / name)}
+def _check_space(config: Config, out: Path, rows: list[_Row], tools: Tools, progress: Progress | None) -> None:
+    """Say what the shards will take on disk under each `data.store`, and refuse what has no room."""
+    sample = [read_place(out / _WORK, row.place) for row in rows[:: max(1, len(rows) // _SIZE_SAMPLE)]]
+    total = sum(row.place[2] for row in rows)
+    sizes = sizes_on_disk(sample[:_SIZE_SAMPLE], total, len(rows), tools.resize, config.data.quality)
+    wanted, free = sizes[config.data.store], shutil.disk_usage(out).free
+    if progress:
+        told = ", ".join(f"{store} {size / 1e6:,.1f} MB" for store, size in sizes.items())
+        progress(0, len(rows), f"size on disk by data.store (here {config.data.store}): {told}")
+    if wanted > free:
+        raise RunError(
+            f"cannot write {out}: data.store={config.data.store} needs about {wanted / 1e9:,.1f} GB and "
+            f"{free / 1e9:,.1f} GB are free. Make room, or choose another data.store ({sizes})."
         )
-    return files
 
 
-def _record(row: _Row, split: str, group: str, image: bytes) -> dict[str, Any]:
-    return {
+def _scores(work: Path, rows: list[_Row], tools: Tools, progress: Progress | None) -> list[list[float]] | None:
+    """CLIPScores of every row's captions, where they are asked for."""
+    if tools.score is None:
+        return None
+    units = [
+        {
+            "number": f"{n:05d}",
+            "rows": len(part),
+            "places": [r.place for r in part],
+            "captions": [r.captions for r in part],
+        }
+        for n, part in enumerate(_parts(rows, UNIT_ROWS))
+    ]
+    results = run_units(ScoreWork(work, tools.score), units, tools.run, progress, "rows scored by CLIP")
+    return [scores for result in results for scores in result["scores"]]
+
+
+def _write_shards(
+    config: Config,
+    work: Path,
+    rows: list[_Row],
+    splits: list[str],
+    groups: list[str],
+    scores: list[list[float]] | None,
+    tools: Tools,
+    progress: Progress | None,
+) -> tuple[list[dict[str, Any]], str]:
+    """Write all shards; returns the manifest's entries and the hash of all rows."""
+    units = []
+    for split in SPLITS:
+        chosen = [i for i, s in enumerate(splits) if s == split]
+        for number, part in enumerate(_parts(chosen, config.data.rows_per_shard)):
+            records = [
+                _record(rows[i], split, groups[i], None if scores is None else scores[i], config.run.seed) for i in part
+            ]
+            units.append({"number": f"{split}-{number:05d}", "split": split, "rows": len(part), "records": records})
+    task = ShardWork(work, config.data.store, config.data.quality, tools.resize, scores is not None)
+    files, content = [], hashlib.sha256()
+    for result in run_units(task, units, tools.run, progress, "rows written"):
+        files.append(result["entry"])
+        for row in result["hashes"]:
+            content.update(row.encode())
+    return files, content.hexdigest()
+
+
+def _record(row: _Row, split: str, group: str, scores: list[float] | None, seed: int) -> dict[str, Any]:
+    record = {
         "image_id": row.source.image_id,
-        "image": {"bytes": image, "path": row.source.path or row.source.image_id},
+        "place": row.place,
+        "path": row.source.path or row.source.image_id,
         "captions": row.captions,
         "split": split,
         "group": group,
@@ -375,6 +494,19 @@ def _record(row: _Row, split: str, group: str, image: bytes) -> dict[str, Any]:
         "height": row.height,
         "sha256": row.sha256,
     }
+    if scores is not None:
+        record |= {"clip_scores": scores, "selected": choose_best(scores, seed, row.source.image_id)}
+    return record
+
+
+def _parts(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _key(config: Config, source: Source, tools: Tools) -> str:
+    """Names what the shards depend on: settings, cleaning, the source's content, the model's resizing."""
+    return sha256_json({"settings": _settings(config), "cleaning": _cleaning(), "source": detect(config.data.source),
+                        "content": source.fingerprint(), **tools.describe()})  # fmt: skip
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -382,6 +514,8 @@ def _settings(config: Config) -> dict[str, Any]:
     data = config.data
     chosen = {"splits": list(data.splits), "limit": data.limit, "rows_per_shard": data.rows_per_shard,
               "duplicates": data.duplicates, "leaks": data.leaks}  # fmt: skip
+    if data.store != "original":
+        chosen |= {"store": data.store, "quality": data.quality}
     if data.source == "shapes":
         chosen["shapes_images"] = list(data.shapes_images)
     reading = {"columns": dict(data.columns), "lang": data.lang, "report": data.report,
@@ -416,8 +550,15 @@ def _manifest(
     splits: list[str],
     groups: list[str],
     content: str,
+    tools: Tools,
 ) -> Manifest:
     import pyarrow as pa
+
+    optional = {}
+    if tools.resize is not None:
+        optional["store"] = {"kind": config.data.store, "quality": config.data.quality, **tools.resize.describe()}
+    if tools.score is not None:
+        optional["clip_scores"] = tools.score.describe()
 
     dropped = Counter(r.reason for r in checked.rejected if r.what == "row")
     captions = Counter(r.reason for r in checked.rejected if r.what == "caption")
@@ -442,6 +583,7 @@ def _manifest(
         "leaks": checked.leaks,
         "images_changed": dict(sorted(checked.images_changed.items())),
         "files": files,
+        **optional,
         "content_sha256": content,
         "pyarrow": pa.__version__,
     }
@@ -463,7 +605,18 @@ def _summary(manifest: Manifest) -> str:
     return f"{rows['kept']} rows kept ({counts}), {rows['rejected']} rejected"
 
 
-def _check_limit(config: Config, shards: Shards) -> None:
+def _check_prepared(config: Config, shards: Shards) -> None:
+    """Raise for settings that a folder prepared already cannot follow."""
+    if needs_clip_scores(config) and "clip_scores" not in shards.manifest:
+        raise ConfigError(
+            f"data.captions={config.data.captions}: {shards.folder} was prepared without CLIPScores. Prepare the source "
+            "again with this setting."
+        )
+    store = (shards.manifest.get("store") or {}).get("kind", "original")
+    if config.data.store not in ("original", store):
+        raise ConfigError(
+            f"data.store={config.data.store} has no effect on {shards.folder}, which is prepared already as '{store}'"
+        )
     limit = config.data.limit
     if limit and max(shards.counts.values()) > limit:
         raise ConfigError(

@@ -6,6 +6,7 @@ damaged place in a shard is named exactly. Rows carry their number in the split,
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -105,6 +106,55 @@ def fill(store: Store, batches: Any, on_rows: Callable[[int], None] | None = Non
         if said is error:
             raise
         raise said from None
+
+
+def run_units(work: Any, units: list[dict[str, Any]]) -> Iterator[int]:
+    """A runner for `prepare` (see units.Runner): the units as a Ray dataset, over all cores of all nodes.
+
+    Work that loads something heavy gets actors, one a GPU or, where there is none, one for every two CPUs.
+
+    Raises:
+        DataError: a unit failed with it, on whatever node.
+    """
+    import ray
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    have = ray.cluster_resources()
+    cpus, gpus = max(1, math.floor(have.get("CPU", 1))), math.floor(have.get("GPU", 0))
+    options: dict[str, Any] = {"num_cpus": DATA_CPUS, "batch_size": 1, "batch_format": "numpy"}
+    if work.actors:
+        size = min(len(units), gpus or max(1, cpus // 2))
+        options |= {"compute": ray.data.ActorPoolStrategy(size=size), **({"num_gpus": 1} if gpus else {})}
+
+        class Do(_DoUnit):  # a class that knows its work: Ray warns of constructor arguments, on the terminal
+            def __init__(self):
+                super().__init__(work)
+
+        do: Any = Do
+    else:
+        options["compute"] = ray.data.TaskPoolStrategy(size=min(len(units), cpus))
+        do = _DoUnit(work)
+    texts = [{"unit": json.dumps(unit)} for unit in units]
+    done = ray.data.from_items(texts, override_num_blocks=len(texts)).map_batches(do, **options)
+    try:
+        for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
+            yield int(batch["rows"].sum())
+    except Exception as error:
+        said = data_error(error)
+        if said is None:
+            raise
+        raise said from None
+
+
+class _DoUnit:
+    """The map function of `run_units`, as a class for actors and as its instance for tasks."""
+
+    def __init__(self, work: Any):
+        self.work = work
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"rows": np.array([self.work(json.loads(str(text))) for text in batch["unit"]], dtype=np.int64)}
 
 
 def data_error(error: BaseException) -> DataError | None:

@@ -8,6 +8,7 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raycap.data.pixels import decode_stored
 from raycap.errors import ConfigError, ModelError, did_you_mean
 from raycap.settings import prompt_for
 
@@ -131,8 +132,16 @@ class RowPreparer:
         from PIL import Image
 
         family, processor = _processor(self.family, self.path)
-        with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
-            pixels = family.resize(processor, image.convert("RGB"))
+        if row.get("resized_for"):
+            if row["resized_for"] != _image_fingerprint(self.family, self.path):
+                raise ConfigError(
+                    f"these shards hold images resized for another model's processor than that of {self.path}: prepare "
+                    "the source again for this model, or with data.store=original"
+                )
+            pixels = decode_stored(row["image"]["bytes"])
+        else:
+            with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
+                pixels = family.resize(processor, image.convert("RGB"))
         prompt = prompt_for(self.prompt, row.get("lang") or "")
         coded = [family.encode(processor, c, prompt, self.max_text_tokens) for c in row["captions"]]
         unknown = family.unknown_token(processor)
@@ -145,6 +154,28 @@ class RowPreparer:
             "truncated": [int(cut) for _, _, cut in coded],
             "unknown": [0 if unknown is None else ids.count(unknown) for ids, _, _ in coded],
         }
+
+
+class Resizer:
+    """An image as the model's own processor resizes it, for `prepare`; picklable, the processor is loaded in the task."""
+
+    def __init__(self, family: str, path: str):
+        self.family, self.path = family, str(path)
+
+    def __call__(self, image: Any) -> Any:
+        family, processor = _processor(self.family, self.path)
+        return family.resize(processor, image)
+
+    def describe(self) -> dict[str, Any]:
+        family, processor = _processor(self.family, self.path)
+        shape = [int(n) for n in family.image_size(processor)]
+        return {"processor": _image_fingerprint(self.family, self.path), "family": self.family, "shape": shape}
+
+
+@lru_cache(maxsize=4)
+def _image_fingerprint(name: str, path: str) -> str:
+    family, processor = _processor(name, path)
+    return family.image_fingerprint(processor)
 
 
 @lru_cache(maxsize=4)

@@ -93,6 +93,10 @@ class Family(ABC):
         tokeniser = backend.to_str() if backend is not None else processor.tokenizer.get_vocab()
         return sha256_json({"processor": processor.to_dict(), "tokeniser": tokeniser})
 
+    def image_fingerprint(self, processor: Any) -> str:
+        """Hash of what `resize` depends on."""
+        return sha256_json({"family": self.name, "image_processor": processor.image_processor.to_dict()})
+
     def max_positions(self, model: nn.Module) -> int | None:
         """Text positions the model has, or None where they are unlimited."""
         return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -19,6 +19,7 @@ from raycap.config import Config
 from raycap.errors import GateError, Interrupted, RaycapError, RunError
 from raycap.files import atomic_folder, sha256_folder
 from raycap.pipeline.remote import in_worker
+from raycap.pipeline.tools import prepare_tools
 from raycap.pipeline.verbs import caption_through, stay
 from raycap.pipeline.verdicts import ranked, verdicts
 from raycap.settings import prompt_for
@@ -114,9 +115,9 @@ class _Run:
 
         self.progress.phase("prepare", f"images of '{self.config.data.source}'")
         with self.ledger.phase("prepare"):
-            shards = open_shards(prepare_if_needed(self.config, self.progress.count)).speaking(
-                self.config.evaluate.lang
-            )
+            tools = prepare_tools(self.config)
+            folder = prepare_if_needed(self.config, self.progress.count, tools)
+            shards = open_shards(folder).speaking(self.config.evaluate.lang)
         self.facts["data_sha256"] = shards.content_sha256
         self.facts["base_sha256"] = base_sha256(self.config)
         self.facts["data"] = {"folder": str(shards.folder), "counts": dict(shards.counts)}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raycap.cluster import connect
 from raycap.config import Config
+from raycap.pipeline.tools import prepare_tools
 from raycap.stop import stoppable
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def prepare(config: Config, out: Path, *, plain: bool = False) -> None:
 
     with Progress(f"prepare · {out}", plain=plain, phases=("prepare",)) as progress:
         progress.phase("prepare", f"images of '{config.data.source}'")
-        write_shards(config, out, progress.count)
+        write_shards(config, out, progress.count, prepare_tools(config))
 
 
 def explore(
@@ -104,7 +105,8 @@ def evaluate(
 
     with Progress(f"evaluate · {model}", plain=plain, phases=("prepare", "serve", "score")) as progress:
         progress.phase("prepare", f"images of '{config.data.source}'")
-        shards = open_shards(prepare_if_needed(config, progress.count)).speaking(config.evaluate.lang, (split,))
+        folder = prepare_if_needed(config, progress.count, prepare_tools(config))
+        shards = open_shards(folder).speaking(config.evaluate.lang, (split,))
         references = shards.references(split)
         progress.phase("serve", f"starting Ray Serve with {model}")
         with connect(config), serving(config, model, port=0) as served:

@@ -132,6 +132,9 @@ def test_an_image_id_that_comes_twice_is_rejected(settings, png, tmp_path, monke
     class Rows(list):
         title, licence = "rows", "none"
 
+        def fingerprint(self):
+            return "rows"
+
     monkeypatch.setattr(shards, "open_source", lambda data, seed: Rows(rows))
     manifest = prepare(settings("shapes"), tmp_path / "out")
     (line,) = adds_up(manifest, tmp_path / "out")
@@ -212,13 +215,13 @@ KILLED = """
 import os, signal, sys
 from raycap.config import from_dict
 from raycap.data import shards
-write, calls = shards._write_split, []
+write, calls = shards.ShardWork.work, []
 def dying(*args):
     calls.append(1)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return write(*args)
-shards._write_split = dying
+shards.ShardWork.work = dying
 config = from_dict({"data": {"source": sys.argv[1]}, "run": {"cache_dir": sys.argv[3]}})
 shards.prepare(config, sys.argv[2]) if sys.argv[2] else shards.prepare_if_needed(config)
 """
