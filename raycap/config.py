@@ -185,6 +185,8 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"data.shapes_images={list(c.data.shapes_images)} must be three counts of at least 1 (train, val, test)"
         )
+    if c.run.store_gb < 0:
+        raise ConfigError(f"run.store_gb={c.run.store_gb} must be at least 0 (0: four fifths of the free disk)")
     if not 0 <= c.data.quality <= 100:
         raise ConfigError(f"data.quality={c.data.quality} must lie between 0 (lossless) and 100")
     if c.data.quality and c.data.store != "resized":

@@ -25,6 +25,9 @@ class RunSettings:
     """A folder that every node reaches: a path mounted on all of them, s3://bucket/folder, gs://bucket/folder. Shards,
     checkpoints and adapters travel through it, and `run.dir` is the driver's own. Empty: one node, or a `run.dir` and
     `run.cache_dir` that all nodes see."""
+    store_gb: float = 0.0
+    """Disk that decoded images may take under `cache_dir` on a node; those not used for longest make room, and a set
+    that does not fit is read in windows. 0: four fifths of what is free."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

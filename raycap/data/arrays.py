@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,32 @@ from raycap.files import read_whole, write_json
 
 
 def make_files(folder: Path, layout: Mapping[str, Any]) -> None:
-    """Make the arrays, or take those of a fill that was killed; no row is ready afterwards."""
+    """Make the arrays, or take those of a fill that was killed, with the rows that were ready.
+
+    Pages of a killed process are the system's, in the order in which they were written, so that a `ready` flag is true;
+    after a crash of the machine it may be on the disk before its row, and no row is taken for ready.
+    """
     captions = sum(len(r) for r in layout["references"])
     arrays = {
         "pixels": ((len(layout["image_ids"]), *layout["image_shape"]), np.uint8),
         "tokens": ((captions, layout["max_tokens"]), np.int32),
         "lengths": ((captions,), np.int32),
         "prompt_lens": ((captions,), np.int32),
+        "truncated": ((len(layout["image_ids"]),), np.int32),
+        "unknown": ((len(layout["image_ids"]),), np.int32),
         "ready": ((len(layout["image_ids"]),), np.uint8),
     }
     try:
         if read_whole(folder / "layout.json") == layout and _whole(folder, arrays):
-            # In place, not anew: a process that followed the dead filler keeps its maps, and sees rows become ready.
-            np.load(folder / "ready.npy", mmap_mode="r+")[:] = 0
+            if read_whole(folder / "boot.json") != boot():
+                # In place, not anew: a process that followed the dead filler keeps its maps, and sees rows become ready.
+                np.load(folder / "ready.npy", mmap_mode="r+")[:] = 0
+                write_json(folder / "boot.json", boot())
             return
         (folder / "layout.json").unlink(missing_ok=True)
         for name, (shape, dtype) in arrays.items():
             allocate(folder / f"{name}.npy", shape, dtype)
+        write_json(folder / "boot.json", boot())
         write_json(folder / "layout.json", layout)
     except OSError as error:
         raise RunError(
@@ -44,6 +54,14 @@ def _whole(folder: Path, arrays: Mapping[str, Any]) -> bool:
         return all(np.load(folder / f"{n}.npy", mmap_mode="r").shape == shape for n, (shape, _) in arrays.items())
     except (OSError, ValueError, EOFError):
         return False
+
+
+def boot() -> dict[str, str]:
+    """Names this start of this machine; a random name where the system has none."""
+    try:
+        return {"boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
+    except OSError:
+        return {"boot": uuid.uuid4().hex}
 
 
 def allocate(file: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:

@@ -13,7 +13,7 @@ CHOICES = ("all", "first", "random-per-epoch", "best-clipscore", "weighted-clips
 """data.captions: every caption a sample of its own, or one caption an image by one of four rules."""
 SCORED = ("best-clipscore", "weighted-clipscore")
 """Choices that need the CLIPScores that `prepare` stores."""
-_CHOICE_KEY = 0xCA9710  # apart from the keys of the permutations
+_CHOICE_KEY, _GROUP_KEY = 0xCA9710, 0x96209  # apart from the keys of the permutations
 
 
 def samples(captions_per_image: np.ndarray, captions: str) -> np.ndarray:
@@ -39,7 +39,7 @@ class Sampler:
     alone: not on the batch, the pack or a restart.
 
     `captions_per_image` is [I]; `clip_scores` [S] and `selected` [I] (the index of each image's best caption) are
-    those of the shards.
+    those of the shards. With `row_groups` [I] the order is that of a set read in windows (WindowOrder).
 
     Raises:
         DataError: a choice by CLIPScore, and the shards hold no scores.
@@ -54,6 +54,8 @@ class Sampler:
         *,
         clip_scores: np.ndarray | None = None,
         selected: np.ndarray | None = None,
+        row_groups: np.ndarray | None = None,
+        window_groups: int = 0,
     ):
         if choice not in CHOICES:
             raise DataError(f"data.captions={choice} is unknown; expected one of {', '.join(CHOICES)}")
@@ -65,7 +67,10 @@ class Sampler:
         self.choice, self.seed = choice, seed
         self.counts = np.asarray(captions_per_image, dtype=np.int64)
         self._samples = samples(self.counts, "all" if choice == "all" else "first")
-        self.order = SampleOrder(len(self._samples), batch, seed)
+        if row_groups is None:
+            self.order = SampleOrder(len(self._samples), batch, seed)
+        else:
+            self.order = WindowOrder(row_groups[self._samples[:, 0]], batch, seed, window_groups)
         self._selected = selected
         self._first = np.cumsum(self.counts) - self.counts
         self._clip_scores = clip_scores
@@ -123,6 +128,44 @@ class SampleOrder:
                 self._epochs.clear()
             self._epochs[epoch] = seeded_permutation(self.count, self.seed, epoch)
         return self._epochs[epoch]
+
+
+class WindowOrder(SampleOrder):
+    """The order of a set that is read in windows: row groups in a seeded order an epoch, `window` of them shuffled together.
+
+    A function of (seed, step) too, though another one than SampleOrder's. `groups` [N] is the row group of each sample.
+    """
+
+    def __init__(self, groups: np.ndarray, batch: int, seed: int, window: int):
+        super().__init__(len(groups), batch, seed)
+        self.groups, self.window = np.asarray(groups, dtype=np.int64), max(1, window)
+        self._ranks: dict[int, np.ndarray] = {}
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            if len(self._epochs) > 2:
+                self._epochs.clear()
+                self._ranks.clear()
+            count = int(self.groups.max()) + 1
+            ranks = np.empty(count, dtype=np.int64)
+            ranks[seeded_permutation(count, self.seed, epoch, _GROUP_KEY)] = np.arange(count)
+            shuffled = seeded_permutation(self.count, self.seed, epoch)
+            windows = ranks[self.groups[shuffled]] // self.window
+            self._epochs[epoch], self._ranks[epoch] = shuffled[np.argsort(windows, kind="stable")], ranks
+        return self._epochs[epoch]
+
+    def ahead(self, step: int) -> list[int]:
+        """The row groups of the window that the step begins in, then those of the next one."""
+        position = step * self.batch
+        epoch, place = position // self.count, position % self.count
+        now = self._ranks_of(epoch)[self.groups[self.permutation(epoch)[place]]] // self.window
+        last = int(self._ranks_of(epoch).max()) // self.window
+        following = (epoch, now + 1) if now < last else (epoch + 1, 0)
+        return [g for e, w in ((epoch, now), following) for g in np.flatnonzero(self._ranks_of(e) // self.window == w)]
+
+    def _ranks_of(self, epoch: int) -> np.ndarray:
+        self.permutation(epoch)
+        return self._ranks[epoch]
 
 
 def seeded_permutation(count: int, *key: int) -> np.ndarray:

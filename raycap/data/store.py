@@ -4,7 +4,7 @@ Shapes: N images, S captions over all images, T tokens at most, C channels, H he
 Numpy files and JSON in one folder; `manifest.json` is written last, and a folder without it is unfinished.
 
 One process of a node fills a store (it holds the folder's lock); others follow it, and see each row when it is ready.
-When the filler dies the lock falls free: who opens the store next fills it anew, over the same files, so that
+When the filler dies the lock falls free: who opens the store next goes on filling it, over the same files, so that
 followers' maps stay true. A row is written before its `ready` flag is set.
 """
 
@@ -23,7 +23,7 @@ from raycap.data.parquet import Shards
 from raycap.errors import DataError, RunError
 from raycap.files import read_json, sha256_json, write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _POLL_S = 0.05
 
 
@@ -46,6 +46,9 @@ class Store:
         """[S], where `prepare` scored the captions."""
         self.selected = None if scores is None else np.array(layout["selected"], dtype=np.int64)
         """[N]: the index of each image's caption with the highest score."""
+        self.row_groups: np.ndarray | None = None
+        """Every row is at hand (in a WindowStore only those of some row groups are)."""
+        self.window_groups = 0
         self.features: np.ndarray | None = None
         """[N, L, D] once `attach_features` found them."""
         self._lock = lock
@@ -56,8 +59,8 @@ class Store:
         self._lengths = np.load(folder / "lengths.npy", mmap_mode=mode)
         self._prompts = np.load(folder / "prompt_lens.npy", mmap_mode=mode)
         self._ready = np.load(folder / "ready.npy", mmap_mode=mode)
-        self._row_truncated = np.zeros(self.count, dtype=np.int64)
-        self._row_unknown = np.zeros(self.count, dtype=np.int64)
+        self._row_truncated = np.load(folder / "truncated.npy", mmap_mode=mode)
+        self._row_unknown = np.load(folder / "unknown.npy", mmap_mode=mode)
         self._complete = False
         self._failure: BaseException | None = None
 
@@ -141,10 +144,9 @@ class Store:
         `key_parts` say what pixels and tokens depend on besides: the processor's hash, the prompt.
         """
         shape = [int(n) for n in image_shape]
-        key = cls.key(data=shards.content_sha256, split=split, shape=shape, max_tokens=max_tokens, **key_parts)
         references = shards.references(split)
         return cls.create(
-            Path(cache_dir) / "store" / f"{split}-{key}",
+            cls.place(shards, split, cache_dir, shape, max_tokens, **key_parts),
             split,
             len(references),
             shape,
@@ -155,6 +157,15 @@ class Store:
             clip_scores=shards.clip_scores(split),
             langs=shards.langs(split),
         )
+
+    @classmethod
+    def place(
+        cls, shards: Shards, split: str, cache_dir: Path, image_shape: Sequence[int], max_tokens: int, **key_parts: Any
+    ) -> Path:
+        """The folder of `for_shards`."""
+        shape = [int(n) for n in image_shape]
+        key = cls.key(data=shards.content_sha256, split=split, shape=shape, max_tokens=max_tokens, **key_parts)
+        return Path(cache_dir) / "store" / f"{split}-{key}"
 
     @classmethod
     def open(cls, folder: Path | str) -> Store:

@@ -36,23 +36,34 @@ PrepareRow = Callable[[dict[str, Any]], Mapping[str, Any]]
 """
 
 
-def dataset(shards_folder: Path | str, split: str, prepare_row: PrepareRow) -> ray.data.Dataset:
+def dataset(
+    shards_folder: Path | str, split: str, prepare_row: PrepareRow, ready: np.ndarray | None = None
+) -> ray.data.Dataset | list[Any]:
     """The split as a Ray dataset of prepared rows; `prepare_row` runs in Ray's tasks and must be picklable.
+
+    With `ready` [N] row groups whose rows are all ready are left out: they were read before a restart.
 
     Columns: row, image_id, pixels (bytes), shape [C, H, W], token_ids, prompt_lens, truncated, unknown. Tasks ask for a
     quarter of a CPU, so that they run beside a Train worker and Tune trials on two CPUs, where whole ones would wait
     for ever; how many run at once is bounded by the CPUs all the same. Iterating raises for a damaged shard: see
     `fill`.
     """
+    shards = open_shards(shards_folder)
+    groups = shards.row_groups(split)
+    if ready is not None:
+        groups = [g for g in groups if not ready[g["offset"] : g["offset"] + g["rows"]].all()]
+    return group_dataset(groups, prepare_row) if groups else []
+
+
+def group_dataset(groups: list[dict[str, Any]], prepare_row: PrepareRow) -> ray.data.Dataset:
+    """`dataset` of these row groups alone (descriptors of `Shards.row_groups`)."""
     import ray
     import ray.data
 
     # Ray Data sets its logger up when it is imported; its notes would break into the live table, its errors may.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    shards = open_shards(shards_folder)
-    groups = shards.row_groups(split)
     # Each process imports torch and the processor: below so many rows that costs more than a second one saves.
-    worth = math.ceil(shards.counts[split] / PROCESS_ROWS)
+    worth = math.ceil(sum(g["rows"] for g in groups) / PROCESS_ROWS)
     at_once = max(1, min(len(groups), worth, math.floor(ray.cluster_resources().get("CPU", 1))))
     # A block for each descriptor: a task reads one row group, and its rows go out when it is done.
     descriptors = ray.data.from_items(groups, override_num_blocks=len(groups))
@@ -106,6 +117,16 @@ def fill(store: Store, batches: Any, on_rows: Callable[[int], None] | None = Non
         if said is error:
             raise
         raise said from None
+
+
+def ray_reader(prepare_row: PrepareRow) -> Callable[[list[dict[str, Any]]], Iterable[Any]]:
+    """What a WindowStore reads its row groups with: Ray Data, as `dataset` does."""
+    return lambda groups: _iterate(group_dataset(groups, prepare_row))
+
+
+def local_reader(prepare_row: PrepareRow) -> Callable[[list[dict[str, Any]]], Iterable[Any]]:
+    """The same in this process, without Ray."""
+    return lambda groups: (prepared_table(group, prepare_row) for group in groups)
 
 
 def run_units(work: Any, units: list[dict[str, Any]]) -> Iterator[int]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from raycap.config import Config
-from raycap.data.order import Sampler
+from raycap.data.order import Sampler, WindowOrder
 from raycap.data.store import Store
 from raycap.errors import ModelError, RunError
 from raycap.models.base import CaptionModel, evaluating
@@ -114,7 +114,7 @@ class PackEngine:
         if len(self.slots) >= self.max_slots:
             raise RunError(f"trial {spec.trial_id} finds no slot: tune.slots={self.max_slots} are taken")
         targets = self.cm.family.match_targets(self.linears, self.config.lora.scope, spec.targets)
-        self.pairs(spec.captions, 0)
+        self.sampler(spec.captions)  # one that needs scores which are not there is told at once
         if state is None:
             value = start(spec, {t: self.shapes[t] for t in targets}, self.stacks.dtype)
             slot = Slot(spec, targets, {"value": value, "m": {}, "v": {}})
@@ -239,14 +239,22 @@ class PackEngine:
             found[trial_id] = StepResult(slot.step, loss, norm, lr, good)
         return {t: found[t] for t in running}
 
-    def pairs(self, captions: str, step: int) -> np.ndarray:
-        """Samples [b, 2] that a slot with this choice of captions sees at its own `step`."""
+    def sampler(self, captions: str) -> Sampler:
+        """The samples of each step under this choice of captions."""
         if captions not in self.samplers:
             train, seed, batch = self.stores["train"], self.config.run.seed, self.config.train.batch
             self.samplers[captions] = Sampler(
-                train.captions_per_image, captions, batch, seed, clip_scores=train.clip_scores, selected=train.selected
-            )
-        return self.samplers[captions].pairs(step)
+                train.captions_per_image, captions, batch, seed, clip_scores=train.clip_scores, selected=train.selected,
+                row_groups=train.row_groups, window_groups=train.window_groups,
+            )  # fmt: skip
+        return self.samplers[captions]
+
+    def pairs(self, captions: str, step: int) -> np.ndarray:
+        """Samples [b, 2] that a slot with this choice of captions sees at its own `step`."""
+        sampler, train = self.sampler(captions), self.stores["train"]
+        if isinstance(sampler.order, WindowOrder):
+            train.plan(sampler.order.ahead(step))
+        return sampler.pairs(step)
 
     def _gradients(self, slots: list[Slot], batches: list[np.ndarray]) -> torch.Tensor:
         """Losses [K] of the slots' effective batches, samples [b, 2] each; leaves the gradients in the stacks."""

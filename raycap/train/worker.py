@@ -341,21 +341,26 @@ class Feed:
     """
 
     def __init__(self, config: Config, shards: Any, folder: str, log: Callable[[str], None]):
-        from raycap.data.store import Store
-        from raycap.models import load_family, resolve_path
+        from raycap.data.stream import ray_reader
+        from raycap.data.window import open_store
+        from raycap.models import load_family, resolve_path, row_preparer
 
         family = load_family(config.model.family)
         processor = family.load_processor(resolve_path(config.model.path))
         self.error: BaseException | None = None
-        self.config, self.folder, self.log = config, folder, log
+        self.folder, self.log = folder, log
+        data, model = config.data, config.model
+        self.prepare = row_preparer(model.family, model.path, data.prompt, data.max_text_tokens)
         self.splits = {"train": "+".join(config.data.train_splits), "val": "val"}
         self.stores = {
-            name: Store.for_shards(
+            name: open_store(
                 shards,
                 split,
                 config.cache_dir,
                 family.image_size(processor),
                 config.data.max_text_tokens,
+                read=ray_reader(self.prepare),
+                limit_bytes=int(config.run.store_gb * 1e9),
                 family=config.model.family,
                 processor=family.fingerprint(processor),
                 prompt=config.data.prompt,
@@ -366,17 +371,15 @@ class Feed:
 
     def _fill(self) -> None:
         from raycap.data.stream import dataset, fill
-        from raycap.models import row_preparer
 
-        config = self.config
         try:
             for name, store in self.stores.items():
                 began = time.monotonic()
                 how = "fills" if store.owner else "finds" if store.complete else "follows"
+                if store.row_groups is not None:
+                    how = f"has no room for all, keeps {store.capacity} row groups of"
                 if store.owner:
-                    data, model = config.data, config.model
-                    prepare = row_preparer(model.family, model.path, data.prompt, data.max_text_tokens)
-                    fill(store, dataset(self.folder, self.splits[name], prepare))
+                    fill(store, dataset(self.folder, self.splits[name], self.prepare, store.ready))
                 self.log(
                     f"{how} the store of {self.splits[name]}: {store.count} images, {time.monotonic() - began:.1f} s"
                 )

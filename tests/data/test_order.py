@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from raycap.data.order import CHOICES, SampleOrder, Sampler, keyed_uniform, samples, seeded_permutation
+from raycap.data.order import CHOICES, SampleOrder, Sampler, WindowOrder, keyed_uniform, samples, seeded_permutation
 from raycap.errors import DataError
 
 
@@ -128,3 +128,35 @@ def test_a_choice_by_scores_needs_them():
         Sampler(COUNTS, "best-clipscore", 2, 0)
     with pytest.raises(DataError, match="frist is unknown"):
         Sampler(COUNTS, "frist", 2, 0)
+
+
+GROUPS = np.repeat(np.arange(9), [8, 8, 8, 3, 8, 8, 8, 8, 2])
+
+
+def test_in_windows_every_sample_once_an_epoch_and_few_groups_at_a_time():
+    order, count = WindowOrder(GROUPS, 4, 5, window=2), len(GROUPS)
+    seen = np.concatenate([order.rows(s) for s in range(3 * count // 4 + 1)])[: 3 * count].reshape(3, count)
+    for epoch in seen:
+        assert sorted(epoch) == list(range(count))
+        blocks = GROUPS[epoch]
+        first = {g: i for i, g in reversed(list(enumerate(blocks)))}
+        last = {g: i for i, g in enumerate(blocks)}
+        assert all(sum(first[g] <= i <= last[g] for g in first) <= 2 for i in range(count))
+        assert any(blocks[i] != blocks[i + 1] for i in range(6))  # shuffled inside a window
+    assert not np.array_equal(GROUPS[seen[0]], GROUPS[seen[1]])
+    for step in (0, 7, 15, 16, 31):
+        again = WindowOrder(GROUPS, 4, 5, window=2)
+        assert np.array_equal(again.rows(step), order.rows(step))
+        ahead = again.ahead(step)
+        assert set(GROUPS[order.rows(step)]) <= set(ahead) and len(ahead) <= 4
+
+
+def test_in_windows_choices_share_their_images():
+    counts, groups = np.array([3, 1, 5, 2, 4, 5, 5]), np.array([0, 0, 1, 1, 2, 2, 2])
+    options = {"clip_scores": SCORES, "selected": BEST, "row_groups": groups, "window_groups": 1}
+    rows = [Sampler(counts, c, 3, 7, **options).pairs(4)[:, 0].tolist() for c in CHOICES if c != "all"]
+    assert all(r == rows[0] for r in rows)
+    one = Sampler(counts, "all", 5, 7, **options)
+    epoch = np.concatenate([one.pairs(s) for s in range(5)])
+    assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, samples(counts, "all").tolist()))
+    assert (np.diff(groups[epoch[:, 0]]) != 0).sum() == 2

@@ -35,7 +35,7 @@ def made_up_trials():
         last = curve[-1] if curve else {}
         trials.append({
             "trial_id": trial_id, "state": state, "rank": rank, "alpha": alpha, "scale": alpha / rank, "lr": lr,
-            "dropout": 0.1 * (n % 2), "targets": ["query", "value"], "captions": "all", "steps": rungs[-1] if rungs else 7,
+            "dropout": 0.1 * (n % 2), "targets": ["query", "value"], "steps": rungs[-1] if rungs else 7,
             "rung": rungs[-1] if rungs else 0, "best_step": rungs[-1] if rungs else 0,
             "loss": last.get("loss", float("nan")), "val_loss": last.get("val_loss"), "cider": last.get("cider"),
             "cider_se": last.get("cider_se"), "seconds": 3.5 + n, "curve": curve,
