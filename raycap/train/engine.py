@@ -28,6 +28,7 @@ from raycap.train.features import Images
 from raycap.train.lanes import lanes_for
 from raycap.train.loss import slot_losses
 from raycap.train.optim import FIRST_LOSS_SCALE, LossScale, StackedAdamW
+from raycap.train.padding import Padding, longest_captions
 from raycap.train.validate import EvalResult, Validator
 from raycap.trial import TrialSpec
 
@@ -93,6 +94,7 @@ class PackEngine:
         self.micro = config.train.batch // config.train.accumulation
         """Rows of a slot computed at once; halved when memory runs out."""
         self.scaled = cm.compute_dtype == torch.float16
+        self.padding = Padding()
         self.validator = Validator(cm, self.images, config, self.lanes)
 
     # --- coming and going ---------------------------------------------------------------------------------------------
@@ -200,7 +202,9 @@ class PackEngine:
             return {}
         self._stack(running)
         slots = [self.slots[t] for t in self.stacked]
-        batches = [self.pairs(slot.spec.captions, slot.step) for slot in slots]
+        drawn = [self.pairs(slot.spec.captions, slot.step) for slot in slots]
+        batches = [self.bucketed(slot.spec.captions, pairs) for slot, pairs in zip(slots, drawn)]
+        self.padding.add(self.stores["train"], drawn, batches, self._cuts(len(batches[0]), len(slots)))
         self.cm.model.train()
         while True:
             try:
@@ -256,6 +260,26 @@ class PackEngine:
             train.plan(sampler.order.ahead(step))
         return sampler.pairs(step)
 
+    def bucketed(self, captions: str, pairs: np.ndarray) -> np.ndarray:
+        """Samples [b, 2] with texts of like length side by side, so that the pieces of the batch are padded less.
+
+        The batch stays what it is. A choice of one caption an image goes by the image's longest, so that slots which
+        differ in their choice keep their images in one order.
+        """
+        train = self.stores["train"]
+        train.wait(np.unique(pairs[:, 0]))
+        lengths = train.token_lens(pairs) if captions == "all" else longest_captions(train, pairs[:, 0])
+        return pairs[np.argsort(lengths, kind="stable")]
+
+    def _cuts(self, rows: int, slots: int) -> list[list[tuple[int, int]]]:
+        """Where a batch is cut: for each micro-batch, the [begin, end) of its pieces, a lane each."""
+        cuts = []
+        for first in range(0, rows, self.micro):
+            count = min(self.micro, rows - first)
+            ends = np.linspace(first, first + count, min(count, self.lanes.worth(count * slots)) + 1).astype(int)
+            cuts.append(list(zip(ends[:-1].tolist(), ends[1:].tolist())))
+        return cuts
+
     def _gradients(self, slots: list[Slot], batches: list[np.ndarray]) -> torch.Tensor:
         """Losses [K] of the slots' effective batches, samples [b, 2] each; leaves the gradients in the stacks."""
         train = self.stores["train"]
@@ -263,8 +287,6 @@ class PackEngine:
         shared = same_images and all(np.array_equal(b, batches[0]) for b in batches[1:])
         if shared:  # one copy of texts and images: every slot's rows are the same
             batches = batches[:1]
-        for batch in batches:
-            train.wait(np.unique(batch[:, 0]))
         counts = [float((train.token_lens(batch) - train.prompt_lens(batch)).sum()) for batch in batches]
         tokens = torch.tensor(counts, device=self.device, dtype=self.stacks.dtype).expand(len(slots))
         seeds, steps = [s.spec.seed for s in slots], [s.step for s in slots]
@@ -286,11 +308,9 @@ class PackEngine:
                 self.keys.clear()
             return found
 
-        for first in range(0, len(batches[0]), self.micro):
-            count = len(batches[0][first : first + self.micro])
-            ends = np.linspace(first, first + count, min(count, self.lanes.worth(count * len(slots))) + 1).astype(int)
+        for cuts in self._cuts(len(batches[0]), len(slots)):
             parts = []
-            for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist()):
+            for begin, end in cuts:
                 pairs = np.concatenate([batch[begin:end] for batch in batches])
                 # Slots that differ in their choice of captions still share one copy of the images.
                 images = batches[0][begin:end, 0] if same_images else pairs[:, 0]

@@ -89,6 +89,8 @@ def pack_loop(job: dict[str, Any]) -> None:
                 log=log,
             )
             log(f"ends: {pack.run()}")
+            if hasattr(engine, "padding"):
+                log(engine.padding.line())
         except Exception as error:
             error = getattr(feed, "error", None) or error
             log("".join(traceback.format_exception(error)))

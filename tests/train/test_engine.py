@@ -15,6 +15,7 @@ from raycap.models import load_model
 from raycap.models.quantise import dequantise, quantised_linears
 from raycap.train import checkpoint
 from raycap.train.optim import FIRST_LOSS_SCALE
+from raycap.train.padding import longest_captions
 
 
 def weights_of(engine, trial_id):
@@ -185,6 +186,26 @@ def test_slots_may_differ_in_their_choice_of_captions(make_engine, config, specs
     assert np.array_equal(pairs["first"][:, 0], pairs["random-per-epoch"][:, 0])
     assert not np.array_equal(pairs["first"], pairs["random-per-epoch"])
     assert not np.array_equal(pairs["first"][:, 0], pairs["all"][:, 0])
+
+
+def test_buckets_by_length_cut_padding_and_keep_the_batch(make_engine, config, specs, run):
+    c = config(train__accumulation=4)
+    engine = make_engine(c)
+    for spec, choice in zip(specs(c, 2), ("first", "random-per-epoch")):
+        engine.admit(dataclasses.replace(spec, captions=choice))
+    run(engine, 6)
+    assert 0 < engine.padding.share < engine.padding.share_as_drawn
+    train = engine.stores["train"]
+    for choice in ("all", "first", "random-per-epoch"):
+        drawn = engine.pairs(choice, 3)
+        bucketed = engine.bucketed(choice, drawn)
+        assert sorted(map(tuple, drawn.tolist())) == sorted(map(tuple, bucketed.tolist()))
+        lengths = train.token_lens(bucketed) if choice == "all" else longest_captions(train, bucketed[:, 0])
+        assert (np.diff(lengths) >= 0).all()
+    whole = [[row, j] for row in range(train.count) for j in range(train.captions_per_image[row])]
+    every = train.token_lens(np.array(whole))
+    ends = np.cumsum(train.captions_per_image)
+    assert longest_captions(train, np.array([4, 0])).tolist() == [max(every[ends[3] : ends[4]]), max(every[: ends[0]])]
 
 
 def test_a_choice_by_scores_that_are_not_there_is_refused(make_engine, config, specs):
