@@ -48,7 +48,7 @@ def explore(
 
     with Progress(f"explore · {out}", plain=plain, phases=("prepare", "explore")) as progress:
         progress.phase("prepare", f"images of '{config.data.source}'")
-        shards = open_shards(prepare_if_needed(config, progress.count))
+        shards = open_shards(prepare_if_needed(config, progress.count, prepare_tools(config)))
         progress.phase("explore", "reading captions")
         found = describe(
             shards,
