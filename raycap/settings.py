@@ -90,6 +90,17 @@ class ModelSettings:
     materialise: bool = False
     """Keep each NF4 weight dequantised beside it: bitwise the same, faster, and without NF4's saving of memory."""
     trust_remote_code: bool = False
+    """Run code that a model's author keeps beside its weights. Read it first: it runs as you."""
+    vision_path: str = ""
+    """clip_llama: the CLIP whose [CLS] the language model sees; empty takes openai/clip-vit-base-patch32."""
+    vision_cls: Literal["after-norm", "before-norm"] = "after-norm"
+    """clip_llama: the [CLS] after the tower's last norm or before it."""
+    graft_path: str = ""
+    """clip_llama: a folder with the projector and gate to begin with; empty begins with random ones."""
+    min_pixels: int = 0
+    """qwen2_vl: images are enlarged to this many pixels; 0 takes the processor's own."""
+    max_pixels: int = 0
+    """qwen2_vl: images are shrunk to this many pixels, 28 x 28 of which become one token; 0 takes the processor's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module, resources
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, str] = {
     "git": "raycap.models.git:Git",
     "blip": "raycap.models.blip:Blip",
+    "clip_llama": "raycap.models.clip_llama:ClipLlama",
+    "paligemma": "raycap.models.paligemma:PaliGemma",
+    "qwen2_vl": "raycap.models.qwen2_vl:Qwen2VL",
 }
+SOME_USE = ("min_pixels", "max_pixels", "vision_path", "vision_cls", "graft_path")
+"""Settings of `model.*` that have an effect on some families alone; each says which in `uses`."""
 BUILTIN: dict[str, str] = {"builtin:tiny-git": "tiny/git"}
 
 
@@ -30,11 +36,21 @@ def register_family(name: str, place: str) -> None:
     FAMILIES[name] = place
 
 
-def load_family(name: str) -> Family:
+def load_family(name: str, settings: ModelSettings | None = None) -> Family:
+    """The family of that name, which loads its models and processors by `settings`.
+
+    Raises:
+        ConfigError: there is none; a setting that is for other families.
+    """
     if name not in FAMILIES:
         raise ConfigError(f"model.family={name!r} is not known; {did_you_mean(name, FAMILIES)}")
     module, _, attribute = FAMILIES[name].partition(":")
-    return getattr(import_module(module), attribute)()
+    family = getattr(import_module(module), attribute)(settings)
+    for field in dataclasses.fields(family.settings):
+        value = getattr(family.settings, field.name)
+        if field.name in SOME_USE and field.name not in family.uses and value != field.default:
+            raise ConfigError(f"model.{field.name}={value} has no effect on family {name}: remove it")
+    return family
 
 
 def resolve_path(path: str | Path) -> str:
@@ -81,7 +97,7 @@ def load_model(
     from raycap.models.base import CaptionModel
     from raycap.models.quantise import load_weights, materialise, pick_dtype
 
-    family = load_family(model.family)
+    family = load_family(model.family, model)
     place = resolve_path(model.path if path is None else path)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = pick_dtype(compute_dtype or model.compute_dtype, where)
@@ -112,9 +128,11 @@ def load_model(
     )
 
 
-def row_preparer(family: str, path: str, prompt: str | Mapping[str, str], max_text_tokens: int) -> RowPreparer:
-    """What a stream applies to each shard row; see RowPreparer."""
-    return RowPreparer(family, str(path), prompt, max_text_tokens)
+def row_preparer(
+    family: str, path: str, prompt: str | Mapping[str, str], max_text_tokens: int, settings: ModelSettings | None = None
+) -> RowPreparer:
+    """What a stream applies to each shard row; see RowPreparer. `settings` are those that the processor loads by."""
+    return RowPreparer(family, str(path), prompt, max_text_tokens, settings)
 
 
 class RowPreparer:
@@ -123,17 +141,25 @@ class RowPreparer:
     Picklable, and light in a task: the processor is loaded once a process, and no weights are.
     """
 
-    def __init__(self, family: str, path: str, prompt: str | Mapping[str, str], max_text_tokens: int):
+    def __init__(
+        self,
+        family: str,
+        path: str,
+        prompt: str | Mapping[str, str],
+        max_text_tokens: int,
+        settings: ModelSettings | None = None,
+    ):
         self.family, self.path, self.prompt, self.max_text_tokens = family, path, prompt, max_text_tokens
+        self.settings = settings
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         import io
 
         from PIL import Image
 
-        family, processor = _processor(self.family, self.path)
+        family, processor = _processor(self.family, self.path, self.settings)
         if row.get("resized_for"):
-            if row["resized_for"] != _image_fingerprint(self.family, self.path):
+            if row["resized_for"] != _image_fingerprint(self.family, self.path, self.settings):
                 raise ConfigError(
                     f"these shards hold images resized for another model's processor than that of {self.path}: prepare "
                     "the source again for this model, or with data.store=original"
@@ -159,26 +185,27 @@ class RowPreparer:
 class Resizer:
     """An image as the model's own processor resizes it, for `prepare`; picklable, the processor is loaded in the task."""
 
-    def __init__(self, family: str, path: str):
-        self.family, self.path = family, str(path)
+    def __init__(self, family: str, path: str, settings: ModelSettings | None = None):
+        self.family, self.path, self.settings = family, str(path), settings
 
     def __call__(self, image: Any) -> Any:
-        family, processor = _processor(self.family, self.path)
+        family, processor = _processor(self.family, self.path, self.settings)
         return family.resize(processor, image)
 
     def describe(self) -> dict[str, Any]:
-        family, processor = _processor(self.family, self.path)
+        family, processor = _processor(self.family, self.path, self.settings)
         shape = [int(n) for n in family.image_size(processor)]
-        return {"processor": _image_fingerprint(self.family, self.path), "family": self.family, "shape": shape}
+        return {"processor": _image_fingerprint(self.family, self.path, self.settings), "family": self.family, "shape": shape}
 
 
 @lru_cache(maxsize=4)
-def _image_fingerprint(name: str, path: str) -> str:
-    family, processor = _processor(name, path)
+def _image_fingerprint(name: str, path: str, settings: ModelSettings | None) -> str:
+    family, processor = _processor(name, path, settings)
     return family.image_fingerprint(processor)
 
 
 @lru_cache(maxsize=4)
-def _processor(name: str, path: str) -> tuple[Family, Any]:
-    family = load_family(name)
-    return family, family.load_processor(resolve_path(path))
+def _processor(name: str, path: str, settings: ModelSettings | None) -> tuple[Family, Any]:
+    family = load_family(name, settings)
+    remote = settings is not None and settings.trust_remote_code
+    return family, family.load_processor(resolve_path(path), trust_remote_code=remote)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from raycap.config import DecodeSettings
+from raycap.config import DecodeSettings, ModelSettings
 from raycap.errors import ConfigError, did_you_mean
 from raycap.files import sha256_json
 
@@ -61,6 +61,15 @@ class Family(ABC):
     name = ""
     task_type: str | None = "CAUSAL_LM"
     """What peft is told the model is for."""
+    uses: frozenset[str] = frozenset()
+    """Settings of `model.*` beyond the common ones that have an effect on this family."""
+    full_file = ""
+    """File beside an adapter for modules that are trained in full; empty: in the adapter itself, as peft keeps them."""
+    packs_vision = True
+    """Whether several slots can train an adapter in the tower together."""
+
+    def __init__(self, settings: ModelSettings | None = None):
+        self.settings = settings or ModelSettings()
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
@@ -91,7 +100,10 @@ class Family(ABC):
         """Hash of what pixels and token ids depend on: the processor's settings and the tokeniser's content."""
         backend = getattr(processor.tokenizer, "backend_tokenizer", None)
         tokeniser = backend.to_str() if backend is not None else processor.tokenizer.get_vocab()
-        return sha256_json({"processor": processor.to_dict(), "tokeniser": tokeniser})
+        parts = {"processor": processor.to_dict(), "tokeniser": tokeniser}
+        if getattr(processor, "chat_template", None):
+            parts["chat_template"] = processor.chat_template
+        return sha256_json(parts)
 
     def image_fingerprint(self, processor: Any) -> str:
         """Hash of what `resize` depends on."""

@@ -24,7 +24,7 @@ def prepare_tools(config: Config) -> Tools:
     if config.data.store != "original":
         from raycap.models import Resizer
 
-        resize = Resizer(config.model.family, config.model.path)
+        resize = Resizer(config.model.family, config.model.path, config.model)
     if needs_clip_scores(config):
         from raycap.models.caption_scores import CaptionScorer
 

@@ -347,12 +347,14 @@ class Feed:
         from raycap.data.window import open_store
         from raycap.models import load_family, resolve_path, row_preparer
 
-        family = load_family(config.model.family)
-        processor = family.load_processor(resolve_path(config.model.path))
+        family = load_family(config.model.family, config.model)
+        processor = family.load_processor(
+            resolve_path(config.model.path), trust_remote_code=config.model.trust_remote_code
+        )
         self.error: BaseException | None = None
         self.folder, self.log = folder, log
         data, model = config.data, config.model
-        self.prepare = row_preparer(model.family, model.path, data.prompt, data.max_text_tokens)
+        self.prepare = row_preparer(model.family, model.path, data.prompt, data.max_text_tokens, model)
         self.splits = {"train": "+".join(config.data.train_splits), "val": "val"}
         self.stores = {
             name: open_store(

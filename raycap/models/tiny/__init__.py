@@ -11,6 +11,11 @@ from raycap.errors import ConfigError, did_you_mean
 TWINS: dict[str, str] = {
     "git": "raycap.models.tiny.twins:git",
     "blip": "raycap.models.tiny.twins:blip",
+    "clip_llama": "raycap.models.tiny.twins:clip_llama",
+    "paligemma": "raycap.models.tiny.twins:paligemma",
+    "paligemma:2": "raycap.models.tiny.twins:paligemma2",
+    "qwen2_vl": "raycap.models.tiny.twins:qwen2_vl",
+    "qwen2_vl:2.5": "raycap.models.tiny.twins:qwen2_5_vl",
 }
 """Family, or family:variant -> builder(folder, captions, dropout)."""
 

@@ -49,6 +49,10 @@ def write(folder: Path, model: Any, processor: Any, *, generation: dict[str, Any
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(std=0.08)
+        # An untrained head would end its captions, or fill them with placeholders, as soon as with words.
+        text = getattr(model, "text_decoder", model)
+        for table in {text.get_input_embeddings().weight, text.get_output_embeddings().weight}:
+            table[processor.tokenizer.all_special_ids] *= 0.1
     if generation is not None:
         model.generation_config = GenerationConfig(max_new_tokens=16, **generation)
     model.to(torch.float16).save_pretrained(folder)
@@ -87,3 +91,129 @@ def blip(folder: Path, captions: Sequence[str], dropout: float) -> None:
     )  # fmt: skip
     images = BlipImageProcessor(size={"height": 64, "width": 64})
     write(folder, BlipForConditionalGeneration(config), BlipProcessor(images, tokenizer))
+
+
+def paligemma(folder: Path, captions: Sequence[str], dropout: float) -> None:
+    _paligemma(folder, captions, dropout, "gemma", {})
+
+
+def paligemma2(folder: Path, captions: Sequence[str], dropout: float) -> None:
+    # Every other layer sees a window only, and logits are capped, as in the real one.
+    _paligemma(folder, captions, dropout, "gemma2",
+               {"sliding_window": 24, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+                "query_pre_attn_scalar": 16})  # fmt: skip
+
+
+def _paligemma(folder: Path, captions: Sequence[str], dropout: float, text: str, more: dict[str, Any]) -> None:
+    from transformers import (
+        PaliGemmaConfig,
+        PaliGemmaForConditionalGeneration,
+        PaliGemmaProcessor,
+        SiglipImageProcessor,
+    )
+
+    tokenizer = byte_tokenizer(
+        captions, ["<pad>", "<eos>", "<bos>", "<unk>"],
+        pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
+    )  # fmt: skip
+    images = SiglipImageProcessor(size={"height": 64, "width": 64})
+    images.image_seq_length = 16
+    processor = PaliGemmaProcessor(images, tokenizer)  # adds the image's, the locations' and the segments' tokens
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
+               "bos_token_id": tokenizer.bos_token_id}  # fmt: skip
+    config = PaliGemmaConfig(
+        text_config={
+            "model_type": text, "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16,
+            "max_position_embeddings": TEXT_POSITIONS, "attention_dropout": dropout, **special, **more,
+        },
+        vision_config={
+            "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 64, "patch_size": 16, "vision_use_head": False,
+            "projection_dim": 64,
+        },
+        image_token_id=processor.image_token_id, projection_dim=64, hidden_size=64, **special,
+    )  # fmt: skip
+    write(folder, PaliGemmaForConditionalGeneration(config), processor, generation=special)
+
+
+CHAT = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in part %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Qwen2-VL's own chat template, without videos."""
+
+
+def qwen2_vl(folder: Path, captions: Sequence[str], dropout: float) -> None:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}
+    _qwen(folder, captions, dropout, Qwen2VLConfig, Qwen2VLForConditionalGeneration, vision)
+
+
+def qwen2_5_vl(folder: Path, captions: Sequence[str], dropout: float) -> None:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "num_heads": 2,
+              "window_size": 32, "fullatt_block_indexes": [1]}  # fmt: skip
+    _qwen(folder, captions, dropout, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, vision)
+
+
+def _qwen(folder: Path, captions: Sequence[str], dropout: float, config_class: Any, model_class: Any,
+          vision: dict[str, Any]) -> None:  # fmt: skip
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+               "<|video_pad|>"]  # fmt: skip
+    tokenizer = byte_tokenizer(captions, special, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    number = {token: n for n, token in enumerate(special)}
+    sizes = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+    images = Qwen2VLImageProcessor(size={"shortest_edge": 16 * 16 * 4, "longest_edge": 64 * 64}, **sizes)
+    processor = Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(**sizes), chat_template=CHAT)
+    ends = {"pad_token_id": 0, "eos_token_id": number["<|im_end|>"], "bos_token_id": 0}
+    config = config_class(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": TEXT_POSITIONS,
+            "attention_dropout": dropout, **ends,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={**vision, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3},
+        image_token_id=number["<|image_pad|>"], video_token_id=number["<|video_pad|>"],
+        vision_start_token_id=number["<|vision_start|>"], vision_end_token_id=number["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    write(folder, model_class(config), processor, generation=ends)
+
+
+def clip_llama(folder: Path, captions: Sequence[str], dropout: float) -> None:
+    from torch import nn
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    from raycap.models.clip_llama import PROJECTED, GraftProcessor
+
+    # As TinyLlama's: what pads is what ends.
+    tokenizer = byte_tokenizer(
+        captions, ["<unk>", "<s>", "</s>"], unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16
+    )
+    special = {"pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=TEXT_POSITIONS,
+            attention_dropout=dropout, tie_word_embeddings=False, **special,
+        )
+    )  # fmt: skip
+    model.config.graft = {"vision": vision.to_dict()}
+    model.vision_tower = CLIPVisionModel(vision)
+    model.projector = nn.Linear(vision.hidden_size, PROJECTED)
+    model.gate = nn.Linear(PROJECTED, 64)
+    images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    write(folder, model, GraftProcessor(images, tokenizer), generation=special)

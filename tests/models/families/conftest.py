@@ -39,6 +39,10 @@ class Case:
         return {path for pattern in self.quantised for path in expand(pattern)}
 
 
+LLAMA_LIKE = (
+    "model.language_model.layers.{0,1}.self_attn.{q,k,v,o}_proj",
+    "model.language_model.layers.{0,1}.mlp.{gate,up,down}_proj",
+)
 CASES = {
     "git": Case(
         "git",
@@ -59,6 +63,31 @@ CASES = {
         "a picture of",
         {"language": "text_decoder.bert.encoder.layer.1.crossattention.self.key",
          "vision": "vision_model.encoder.layers.0.self_attn.qkv"},
+    ),
+    "clip_llama": Case(
+        "clip_llama", ("q_proj", "v_proj"),
+        ("model.layers.{0,1}.self_attn.{q,k,v,o}_proj", "model.layers.{0,1}.mlp.{gate,up,down}_proj"), "",
+        {"language": "model.layers.1.mlp.up_proj", "vision": "vision_tower.encoder.layers.0.mlp.fc1", "projector": "gate"},
+    ),
+    "paligemma": Case(
+        "paligemma", ("q_proj", "k_proj", "v_proj", "o_proj"), LLAMA_LIKE, "Describe this image:",
+        {"language": "model.language_model.layers.1.mlp.up_proj", "vision": "model.vision_tower.encoder.layers.0.mlp.fc1",
+         "projector": "model.multi_modal_projector.linear"},
+    ),
+    "paligemma2": Case(
+        "paligemma:2", ("q_proj", "k_proj", "v_proj", "o_proj"), LLAMA_LIKE, "Describe this image:",
+        {"language": "model.language_model.layers.1.mlp.up_proj", "vision": "model.vision_tower.encoder.layers.0.mlp.fc1",
+         "projector": "model.multi_modal_projector.linear"},
+    ),
+    "qwen2_vl": Case(
+        "qwen2_vl", ("q_proj", "v_proj", "down_proj"), LLAMA_LIKE, "Describe this image:",
+        {"language": "model.language_model.layers.1.mlp.up_proj", "vision": "model.visual.blocks.1.attn.qkv",
+         "projector": "model.visual.merger.mlp.2"},
+    ),
+    "qwen2_5_vl": Case(
+        "qwen2_vl:2.5", ("q_proj", "v_proj", "down_proj"), LLAMA_LIKE, "Describe this image:",
+        {"language": "model.language_model.layers.1.mlp.up_proj", "vision": "model.visual.blocks.1.attn.qkv",
+         "projector": "model.visual.merger.mlp.2"},
     ),
 }  # fmt: skip
 
@@ -107,7 +136,7 @@ def settings(twins):
     def settings(case, **changes):
         tree = {
             "model": {"family": case.family, "path": str(twins(case.twin)), "compute_dtype": "fp32"},
-            "data": {"prompt": case.prompt, "max_text_tokens": 48},
+            "data": {"prompt": case.prompt, "max_text_tokens": 96},
             "lora": {"r": 4, "targets": list(case.targets)},
             "train": {"steps": 20, "batch": 4, "lr": 5e-3, "warmup_steps": 1, "val_images": 4, "schedule": "linear"},
             "decode": {"max_new_tokens": 6, "batch": 8},
@@ -208,7 +237,7 @@ def pixel_values(scenes):
 @pytest.fixture(scope="session")
 def texts():
     def texts(cm, captions, prompt=None):
-        coded = [cm.family.encode(cm.processor, c, cm.prompt if prompt is None else prompt, 48) for c in captions]
+        coded = [cm.family.encode(cm.processor, c, cm.prompt if prompt is None else prompt, 96) for c in captions]
         return cm.family.collate([c[0] for c in coded], [c[1] for c in coded], cm.family.pad_token(cm.processor))
 
     return texts

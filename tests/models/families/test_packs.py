@@ -65,7 +65,25 @@ def weights_of(peft):
     return found
 
 
-def test_packed_equals_plain_peft_in_fp64(case, settings, plain, make_engine, trials, tmp_path):
+@pytest.fixture
+def no_rounding(monkeypatch):
+    """transformers computes norms and attention in fp32 whatever it is given; here fp64 stays fp64, on both sides."""
+    to, float_, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
+
+    def kept(self, *args, **options):
+        if self.dtype == torch.float64 and (torch.float32 in args or options.get("dtype") is torch.float32):
+            return self
+        return to(self, *args, **options)
+
+    def softmax_kept(x, *args, dtype=None, **options):
+        return softmax(x, *args, dtype=None if x.dtype == torch.float64 else dtype, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", kept)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else float_(self))
+    monkeypatch.setattr(torch.nn.functional, "softmax", softmax_kept)
+
+
+def test_packed_equals_plain_peft_in_fp64(case, settings, plain, make_engine, trials, tmp_path, no_rounding):
     """Losses, weights, captions by beams; and the adapter that a slot leaves is one that plain peft reads."""
     config = settings(case, train__weight_decay=0.01, train__max_grad_norm=0.5, decode__num_beams=2)
     engine = make_engine(plain(case), config)
