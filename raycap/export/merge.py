@@ -41,6 +41,7 @@ def merge(base: ModelSettings, data: DataSettings, adapter: Path, out: Path, ont
     if onto == "dequantised":
         _put_dequantised(cm, base, data)
     model = _fold(cm.model, adapter, base.path)
+    _put_full(cm, model, adapter)
     dtype = storage_dtype(base, cm)
     _require_finite(model, dtype)
     model.to(dtype)
@@ -131,6 +132,18 @@ def _fold(model: torch.nn.Module, adapter: Path, base: str) -> torch.nn.Module:
         return peft_model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"merging {adapter} into {base} failed: {error}") from error
+
+
+def _put_full(cm: CaptionModel, model: torch.nn.Module, adapter: Path) -> None:
+    """Put what was trained in full, and stands beside the adapter, into the model; peft does it with its own."""
+    import torch
+    from safetensors.torch import load_file
+
+    file = adapter / cm.family.full_file
+    if cm.family.full_file and file.is_file():
+        with torch.no_grad():
+            for name, tensor in load_file(file).items():
+                model.get_parameter(name).copy_(tensor)
 
 
 def _require_finite(model: Any, dtype: torch.dtype) -> None:

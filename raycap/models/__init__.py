@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, str] = {
     "git": "raycap.models.git:Git",
     "blip": "raycap.models.blip:Blip",
+    "generic": "raycap.models.generic:Generic",
     "clip_llama": "raycap.models.clip_llama:ClipLlama",
     "paligemma": "raycap.models.paligemma:PaliGemma",
     "qwen2_vl": "raycap.models.qwen2_vl:Qwen2VL",

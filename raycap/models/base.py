@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from raycap.config import DecodeSettings, ModelSettings
+from raycap.config import DecodeSettings, LoraSettings, ModelSettings
 from raycap.errors import ConfigError, did_you_mean
 from raycap.files import sha256_json
 
@@ -63,6 +63,8 @@ class Family(ABC):
     """What peft is told the model is for."""
     uses: frozenset[str] = frozenset()
     """Settings of `model.*` beyond the common ones that have an effect on this family."""
+    stores_projected = False
+    """Whether features are those behind the projector, so that nothing in it may train where they are stored."""
     full_file = ""
     """File beside an adapter for modules that are trained in full; empty: in the adapter itself, as peft keeps them."""
     packs_vision = True
@@ -84,6 +86,10 @@ class Family(ABC):
     @abstractmethod
     def tower(self, model: nn.Module) -> nn.Module:
         """The vision tower."""
+
+    def feature_modules(self, model: nn.Module) -> list[nn.Module]:
+        """What features depend on."""
+        return [self.tower(model)]
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
@@ -192,11 +198,19 @@ class Family(ABC):
 
     def linear_paths(self, model: nn.Module, scope: str) -> list[str]:
         """Full paths of the linear modules inside `scope`, in the model's order."""
-        scopes = self.scopes()
-        if scope != "all" and scope not in scopes:
-            raise ConfigError(f"lora.scope={scope!r} is no part of family {self.name}; {did_you_mean(scope, scopes)}")
-        prefixes = sum(scopes.values(), ()) if scope == "all" else scopes[scope]
+        prefixes = sum((self.scopes()[part] for part in self.parts_of(scope)), ())
         return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(prefixes)]
+
+    def parts_of(self, scope: str) -> list[str]:
+        """The parts that `scope` names: one, several joined by +, or all of them."""
+        scopes = self.scopes()
+        parts = list(scopes) if scope == "all" else scope.split("+")
+        for part in parts:
+            if part not in scopes:
+                raise ConfigError(
+                    f"lora.scope={scope!r}: '{part}' is no part of family {self.name}; {did_you_mean(part, scopes)}"
+                )
+        return parts
 
     def lora_targets(self, model: nn.Module, scope: str, names: Sequence[str]) -> list[str]:
         """Full paths of the linear modules inside `scope` that `names` mean: whole paths or their ends, as in peft.
@@ -241,6 +255,11 @@ def head_at_labels(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) 
     rows, places = torch.nonzero(following != IGNORED, as_tuple=True)
     picked = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + places)
     return LabelLogits(head(picked), following[rows, places], rows)
+
+
+def trained_parts(family: Family, lora: LoraSettings) -> set[str]:
+    """Parts of the model (language, vision, projector) in which something is trained."""
+    return {*family.parts_of(lora.scope), *lora.full}
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,38 @@ def start(spec: TrialSpec, shapes: Mapping[str, tuple[int, int]], dtype: torch.d
     return found
 
 
-def export_adapter(folder: Path | str, weights: Weights, spec: TrialSpec, base: str, task_type: str | None) -> Path:
+def export_adapter(
+    folder: Path | str,
+    weights: Weights,
+    spec: TrialSpec,
+    base: str,
+    task_type: str | None,
+    *,
+    full: Sequence[str] = (),
+    full_file: str = "",
+) -> Path:
     """Write `weights` as a PEFT adapter of rank `spec.r` for the model that peft finds at `base`.
 
-    target_modules are full paths, so that plain peft adapts these modules and no other of the same name.
+    target_modules are full paths, so that plain peft adapts these modules and no other of the same name. Modules in
+    `full` hold (weight [O, I], bias [O, 1]): peft's modules_to_save, or `full_file` beside the adapter.
     """
     from safetensors.torch import save
 
     folder = Path(folder)
     tensors = {}
+    whole: dict[str, torch.Tensor] = {}
     for path, (a, b) in weights.items():
+        if path in full:
+            whole[f"{path}.weight"] = a.detach().cpu().contiguous()
+            if b.shape[1]:
+                whole[f"{path}.bias"] = b.detach().cpu()[:, 0].contiguous()
+            continue
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = a.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = b.detach().cpu().contiguous()
+    if whole and full_file:
+        write_atomic(folder / full_file, save(whole, metadata={"format": "pt"}))
+    else:
+        tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in whole.items()}
     write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     config = {
         "peft_type": "LORA",
@@ -60,7 +80,8 @@ def export_adapter(folder: Path | str, weights: Weights, spec: TrialSpec, base: 
         "r": spec.r,
         "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
         "lora_dropout": spec.dropout,
-        "target_modules": sorted(weights),
+        "target_modules": sorted(p for p in weights if p not in full),
+        "modules_to_save": sorted(p for p in weights if p in full) if whole and not full_file else None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -73,8 +94,8 @@ def export_adapter(folder: Path | str, weights: Weights, spec: TrialSpec, base: 
     return folder
 
 
-def import_adapter(folder: Path | str) -> tuple[dict[str, Any], Weights]:
-    """(adapter_config, weights) of a PEFT folder.
+def import_adapter(folder: Path | str, full_file: str = "") -> tuple[dict[str, Any], Weights]:
+    """(adapter_config, weights) of a PEFT folder; modules trained in full, there or in `full_file`, as (weight, bias).
 
     Raises:
         ModelError: there is no LoRA adapter that a slot can hold, and why.
@@ -89,15 +110,25 @@ def import_adapter(folder: Path | str) -> tuple[dict[str, Any], Weights]:
         raise ModelError(f"{folder} holds no readable PEFT adapter: {error}") from error
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder} is a {config.get('peft_type')} adapter; a slot holds LORA only")
-    for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"):
+    for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias"):
         if config.get(name):
             raise ModelError(f"{folder}: {name}={config[name]} is nothing that a slot holds; train it alone, with peft")
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    whole = {f"{_PREFIX}{p}.{leaf}" for p in config.get("modules_to_save") or () for leaf in ("weight", "bias")}
+    full = {key.removeprefix(_PREFIX): tensors.pop(key) for key in whole & set(tensors)}
+    if full_file and (folder / full_file).is_file():
+        full |= load_file(folder / full_file)
+    for key, weight in full.items():
+        path, _, leaf = key.rpartition(".")
+        if leaf == "weight":
+            bias = full.get(f"{path}.bias")
+            weights[path] = (weight, weight.new_empty(len(weight), 0) if bias is None else bias[:, None])
+    count = len(weights)
     for key, a in tensors.items():
         path, _, kind = key.removeprefix(_PREFIX).rpartition(".lora_")
         other = f"{_PREFIX}{path}.lora_B.weight"
         if kind == "A.weight" and other in tensors:
             weights[path] = (a, tensors[other])
-    if not weights or 2 * len(weights) != len(tensors):
+    if len(weights) == count or 2 * (len(weights) - count) != len(tensors):
         raise ModelError(f"{folder}: {len(tensors)} tensors are not pairs of lora_A and lora_B")
     return config, weights

@@ -145,11 +145,7 @@ class Qwen2VL(Family):
         merged, sizes = self._merged(cm, images)
         sizes = tiled(sizes, len(batch["input_ids"]))
         merged = tiled(merged, len(sizes))
-        ids, source = _spread(batch["input_ids"], sizes.prod(1), cm.model.config.image_token_id)
-        last = batch["input_ids"].shape[1] - 1
-        inside, source_in = (source >= 0) & (source <= last), source.clamp(0, last)
-        labels = torch.where(inside, batch["labels"].gather(1, source_in), IGNORED)
-        mask = torch.where(inside, batch["attention_mask"].gather(1, source_in), (source == -1).long())
+        ids, mask, labels = spread_batch(batch, sizes.prod(1), cm.model.config.image_token_id)
         hidden = cm.model.model(attention_mask=mask, **self._inputs(cm, ids, merged, sizes), use_cache=False)
         cm.model.model.rope_deltas = None
         return head_at_labels(cm.model.lm_head, hidden.last_hidden_state, labels)
@@ -198,6 +194,15 @@ class Qwen2VL(Family):
 def _sizes(rows: torch.Tensor) -> torch.Tensor:
     """Height and width in groups, int64 [n, 2], of images [n, 1 + ..., D] whose first row begins with them."""
     return rows[:, 0, :2].float().round().long()
+
+
+def spread_batch(batch, counts: torch.Tensor, image: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask, labels) [B, W] of a collated batch whose one image token a row becomes `counts` [B]."""
+    ids, source = _spread(batch["input_ids"], counts, image)
+    last = batch["input_ids"].shape[1] - 1
+    inside, within = (source >= 0) & (source <= last), source.clamp(0, last)
+    labels = torch.where(inside, batch["labels"].gather(1, within), IGNORED)
+    return ids, torch.where(inside, batch["attention_mask"].gather(1, within), (source == -1).long()), labels
 
 
 def _spread(ids: torch.Tensor, counts: torch.Tensor, image: int, *, left: bool = False):

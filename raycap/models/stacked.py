@@ -139,6 +139,42 @@ class StackedLora(nn.Module):
         return self.base.bias
 
 
+class _FullLinear(torch.autograd.Function):
+    """y [K*b, ..., O] = x W^T + c with each slot's own W [K, O, I] and c [K, O, 1] (or [K, O, 0] for none)."""
+
+    @staticmethod
+    def forward(ctx, x, anchor, site, lane):
+        W, c = site.A, site.B
+        rows = x.reshape(len(W), -1, x.shape[-1])
+        y = torch.bmm(rows, W.mT)
+        if c.shape[2]:
+            y += c.mT
+        ctx.site, ctx.lane, ctx.shape = site, lane, x.shape
+        ctx.save_for_backward(rows, W)
+        return y.view(*x.shape[:-1], W.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, W = ctx.saved_tensors
+        g = grad.reshape(len(W), -1, grad.shape[-1])
+        grad_W, grad_c = ctx.site.grads[ctx.lane]
+        _add_product(grad_W, g.mT, rows)
+        if grad_c.shape[2]:
+            grad_c += g.sum(1)[:, :, None]
+        grad_x = torch.bmm(g, W).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None
+
+
+class StackedFull(StackedLora):
+    """A base linear that each slot has a copy of its own of: A is its weight [K, O, I], B its bias [K, O, 1]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.A is None:
+            return self.base(x)
+        return _FullLinear.apply(x.to(self.A.dtype), self.anchor, self, self.keys.lane).to(x.dtype)
+
+
 class Stacks:
     """The parameters and moments of all slots that train, and the modules that use them."""
 
@@ -150,6 +186,8 @@ class Stacks:
         self.dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
         """Parameters and moments are kept in at least fp32, whatever is computed in."""
         self.sites: dict[str, StackedLora] = {}
+        self.full: set[str] = set()
+        """Paths of the linears that are trained in full: every slot has all of them."""
         self.specs: list[TrialSpec] = []
         self.rebuilds = 0
         self._clear()
@@ -166,7 +204,8 @@ class Stacks:
         if path not in self.sites:
             parent, _, leaf = path.rpartition(".")
             owner = self.model.get_submodule(parent)
-            self.sites[path] = StackedLora(getattr(owner, leaf), path, self.keys).train(owner.training)
+            kind = StackedFull if path in self.full else StackedLora
+            self.sites[path] = kind(getattr(owner, leaf), path, self.keys).train(owner.training)
             setattr(owner, leaf, self.sites[path])
         return self.sites[path]
 
@@ -209,18 +248,25 @@ class Stacks:
     def _place(self) -> None:
         """Where each module's A and B begin in a slot's row."""
         sizes = {n: (self.site(n).in_features, self.site(n).out_features) for n in self.names}
-        self.half = self.rank * sum(i for i, _ in sizes.values())
+        # Weights and biases of what is trained in full come first, where alpha / r does not reach.
+        self._places, down = {}, 0
+        for name in (n for n in self.names if n in self.full):
+            inputs, outputs = sizes.pop(name)
+            self._places[name] = (down, inputs, down + inputs * outputs, outputs)
+            down += outputs * (inputs + (self.site(name).bias is not None))
+        self.half = up = down + self.rank * sum(i for i, _ in sizes.values())
         self.width = self.half + self.rank * sum(o for _, o in sizes.values())
-        self._places, down, up = {}, 0, self.half
         for name, (inputs, outputs) in sizes.items():
             self._places[name] = (down, inputs, up, outputs)
             down, up = down + self.rank * inputs, up + self.rank * outputs
 
     def views(self, flat: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [K, R, I] and B [K, O, R] of a module, as views of `flat` [K, P]."""
+        """A [K, R, I] and B [K, O, R] of a module, as views of `flat` [K, P]; of a full one W [K, O, I] and c [K, O, 1]."""
         down, inputs, up, outputs = self._places[name]
-        a = flat[:, down : down + self.rank * inputs].view(-1, self.rank, inputs)
-        return a, flat[:, up : up + self.rank * outputs].view(-1, outputs, self.rank)
+        full = name in self.full
+        high, wide = (outputs, int(self.sites[name].bias is not None)) if full else (self.rank, self.rank)
+        a = flat[:, down : down + high * inputs].view(-1, high, inputs)
+        return a, flat[:, up : up + outputs * wide].view(-1, outputs, wide)
 
     def _bind(self, work: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
         """Let the modules use `work` [K', P]; with `grads` to train, each lane's gradients adding up in one of them."""
@@ -286,5 +332,6 @@ class Stacks:
         found = {}
         for name in names:
             a, b = self.views(flat, name)
-            found[name] = (a[k, :r].clone(), b[k, :, :r].clone())
+            own = slice(None) if name in self.full else slice(r)
+            found[name] = (a[k, own].clone(), b[k, :, own].clone())
         return found

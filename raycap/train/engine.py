@@ -19,8 +19,8 @@ import torch
 from raycap.config import Config
 from raycap.data.order import Sampler, WindowOrder
 from raycap.data.store import Store
-from raycap.errors import ModelError, RunError
-from raycap.models.base import CaptionModel, evaluating
+from raycap.errors import ConfigError, ModelError, RunError
+from raycap.models.base import CaptionModel, evaluating, trained_parts
 from raycap.models.dropout import Keys, key_base_dropout
 from raycap.models.lora import Weights, export_adapter, import_adapter, start
 from raycap.models.stacked import KINDS, Stacks
@@ -72,10 +72,13 @@ class PackEngine:
         self.cm, self.stores, self.config, self.max_slots = cm, dict(stores), config, slots
         self.device = cm.device
         self.keys = Keys()
-        self.linears = cm.family.linear_paths(cm.model, config.lora.scope)
+        self.full = [p for scope in config.lora.full for p in cm.family.linear_paths(cm.model, scope)]
+        """Linears that every slot trains a copy of its own of, bias included."""
+        scoped = cm.family.linear_paths(cm.model, config.lora.scope)
+        self.linears = [p for p in scoped if p not in self.full]
         cm.family.match_targets(self.linears, config.lora.scope, config.lora.targets)  # a bad name is told at once
         self.shapes = {}
-        for path in self.linears:
+        for path in [*self.linears, *self.full]:
             linear = cm.model.get_submodule(path)
             self.shapes[path] = (linear.in_features, linear.out_features)
         key_base_dropout(cm.model, self.keys, on=config.train.base_dropout)
@@ -83,13 +86,21 @@ class PackEngine:
         self.stacks = Stacks(
             cm.model, self.keys, compute_dtype=cm.compute_dtype, device=cm.device, lanes=self.lanes.count
         )
+        self.stacks.full.update(self.full)
         self.slots: dict[str, Slot] = {}
         self.stacked: list[str] = []
         """Trials in the stacks, in their order there."""
         self.optimiser: StackedAdamW | None = None
-        # An adapter in the tower or its projection makes features that no two slots share.
-        self.frozen_vision = config.lora.scope == "language"
-        self.images = Images(cm, stored=self.frozen_vision)
+        parts = trained_parts(cm.family, config.lora)
+        if "vision" in parts and slots > 1 and not cm.family.packs_vision:
+            raise ConfigError(
+                f"tune.slots={slots}: family {cm.family.name} packs the patches of all images in one row, so an adapter in "
+                "its tower trains alone. Set tune.slots=1, or leave vision out of lora.scope"
+            )
+        # Features of a frozen tower are stored; slots share them where what follows the tower is frozen too.
+        self.frozen_vision = parts == {"language"}
+        needed = {"vision", "projector"} if cm.family.stores_projected else {"vision"}
+        self.images = Images(cm, stored=not parts & needed, shared=self.frozen_vision)
         self.samplers: dict[str, Sampler] = {}
         self.micro = config.train.batch // config.train.accumulation
         """Rows of a slot computed at once; halved when memory runs out."""
@@ -118,10 +129,12 @@ class PackEngine:
         targets = self.cm.family.match_targets(self.linears, self.config.lora.scope, spec.targets)
         self.sampler(spec.captions)  # one that needs scores which are not there is told at once
         if state is None:
-            value = start(spec, {t: self.shapes[t] for t in targets}, self.stacks.dtype)
+            value = {**start(spec, {t: self.shapes[t] for t in targets}, self.stacks.dtype), **self._full_start()}
+            targets = [*targets, *self.full]
             slot = Slot(spec, targets, {"value": value, "m": {}, "v": {}})
             slot.loss_scale = LossScale(FIRST_LOSS_SCALE if self.scaled else 1.0)
         else:
+            targets = [*targets, *self.full]
             self._check_fits(spec, targets, state["value"])
             slot = Slot(spec, targets, {kind: state[kind] for kind in KINDS}, state["step"], state["updates"])
             slot.best = state["best"] or None
@@ -131,8 +144,8 @@ class PackEngine:
 
     def admit_adapter(self, spec: TrialSpec, folder: Path | str) -> None:
         """Give a trial a slot that begins with the PEFT adapter in `folder` and fresh moments."""
-        config, weights = import_adapter(folder)
-        targets = self.cm.family.match_targets(self.linears, self.config.lora.scope, spec.targets)
+        config, weights = import_adapter(folder, self.cm.family.full_file)
+        targets = [*self.cm.family.match_targets(self.linears, self.config.lora.scope, spec.targets), *self.full]
         self._check_fits(spec, targets, weights)
         if config["lora_alpha"] != spec.alpha:
             raise ModelError(f"{folder} has lora_alpha {config['lora_alpha']}, the trial {spec.alpha:g}")
@@ -144,11 +157,26 @@ class PackEngine:
             raise ModelError(f"trial {spec.trial_id}: weights of {len(weights)} modules for {len(targets)} targets")
         for path, (a, b) in weights.items():
             inputs, outputs = self.shapes[path]
-            if tuple(a.shape) != (spec.r, inputs) or tuple(b.shape) != (outputs, spec.r):
+            high, wide = spec.r, spec.r
+            if path in self.full:
+                high, wide = outputs, int(self.cm.model.get_submodule(path).bias is not None)
+            if tuple(a.shape) != (high, inputs) or tuple(b.shape) != (outputs, wide):
                 raise ModelError(
-                    f"trial {spec.trial_id}: {path} has A {list(a.shape)} and B {list(b.shape)}, "
-                    f"expected {[spec.r, inputs]} and {[outputs, spec.r]}"
+                    f"trial {spec.trial_id}: {path} has {list(a.shape)} and {list(b.shape)}, "
+                    f"expected {[high, inputs]} and {[outputs, wide]}"
                 )
+
+    def _full_start(self) -> Weights:
+        """The base's own weight [O, I] and bias [O, 1] (or [O, 0]) of every linear that is trained in full."""
+        found = {}
+        for path in self.full:
+            linear = self.cm.model.get_submodule(path)
+            if not linear.weight.is_floating_point():
+                raise ConfigError(f"lora.full: {path} is quantised; only what family.skip_modules names trains in full")
+            weight = linear.weight.detach().to(self.stacks.dtype)
+            bias = weight.new_empty(len(weight), 0) if linear.bias is None else linear.bias.detach().to(weight)[:, None]
+            found[path] = (weight.clone(), bias.clone())
+        return found
 
     def release(self, trial_id: str) -> None:
         self._slot(trial_id)
@@ -395,7 +423,12 @@ class PackEngine:
         if which == "best" and slot.best is None:
             raise RunError(f"trial {trial_id} has no best adapter: it was never scored with a finite {self._selects}")
         weights = slot.best if which == "best" else self._weights(trial_id)
-        return export_adapter(folder, weights, slot.spec, self.config.model.path, self.cm.family.task_type)
+        if self.cm.family.full_file:  # such a folder is used by itself, with the tokeniser in it
+            self.cm.processor.tokenizer.save_pretrained(folder)
+        return export_adapter(
+            folder, weights, slot.spec, self.config.model.path, self.cm.family.task_type,
+            full=self.full, full_file=self.cm.family.full_file,
+        )  # fmt: skip
 
     @property
     def _selects(self) -> str:

@@ -29,8 +29,10 @@ class Images:
     another run has left them there), and before that from the tower, bitwise the same.
     """
 
-    def __init__(self, cm: CaptionModel, *, stored: bool):
+    def __init__(self, cm: CaptionModel, *, stored: bool, shared: bool | None = None):
         self.cm, self.stored = cm, stored
+        self.shared = stored if shared is None else shared
+        """Whether slots can look at one copy of them: all that comes between tower and text is frozen too."""
         self._key: str | None = None
         self._lock = threading.Lock()
 
@@ -67,14 +69,19 @@ class Images:
         """Names the features: the tower's weights as they are in memory, dtype and device they are computed in."""
         if self._key is None:
             digest = hashlib.sha256()
-            for name, tensor in sorted(self.cm.family.tower(self.cm.model).state_dict().items()):
-                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            family = self.cm.family
+            for module in family.feature_modules(self.cm.model):
+                for name, tensor in sorted(module.state_dict().items()):
+                    name = name.replace(".base.", ".")  # a site of adapters
+                    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            own = {f"model_{name}": str(getattr(family.settings, name)) for name in sorted(family.uses)}
             self._key = Store.key(
                 tower=digest.hexdigest(),
                 dtype=str(self.cm.compute_dtype),
                 device=self.cm.device.type,
                 batch=TOWER_BATCH,
+                **own,
             )
         return self._key
 

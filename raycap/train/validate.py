@@ -99,7 +99,7 @@ class Validator:
         @torch.no_grad()  # which is a matter of each thread
         def piece(lane: int, part: np.ndarray) -> tuple[torch.Tensor, int]:
             store.wait(part[:, 0])
-            images = self._images(store, part[:, 0], 1 if self.images.stored else slots)
+            images = self._images(store, part[:, 0], 1 if self.images.shared else slots)
             output = self.cm.family.label_logits(self.cm, self.text(store, part, times=slots), images)
             tokens = int((store.token_lens(part) - store.prompt_lens(part)).sum())
             return slot_losses(*output, len(part), one), tokens

@@ -11,6 +11,7 @@ from raycap.errors import ConfigError, did_you_mean
 TWINS: dict[str, str] = {
     "git": "raycap.models.tiny.twins:git",
     "blip": "raycap.models.tiny.twins:blip",
+    "generic": "raycap.models.tiny.twins:generic",
     "clip_llama": "raycap.models.tiny.twins:clip_llama",
     "paligemma": "raycap.models.tiny.twins:paligemma",
     "paligemma:2": "raycap.models.tiny.twins:paligemma2",

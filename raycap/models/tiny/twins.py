@@ -47,8 +47,8 @@ def write(folder: Path, model: Any, processor: Any, *, generation: dict[str, Any
 
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(std=0.08)
+            if parameter.dim() >= 2:  # tables of words weigh less: tied ones would make a model repeat what it hears
+                parameter.normal_(std=0.06 if len(parameter) >= VOCABULARY // 2 else 0.16)
         # An untrained head would end its captions, or fill them with placeholders, as soon as with words.
         text = getattr(model, "text_decoder", model)
         for table in {text.get_input_embeddings().weight, text.get_output_embeddings().weight}:
@@ -217,3 +217,38 @@ def clip_llama(folder: Path, captions: Sequence[str], dropout: float) -> None:
     model.gate = nn.Linear(PROJECTED, 64)
     images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     write(folder, model, GraftProcessor(images, tokenizer), generation=special)
+
+
+def generic(folder: Path, captions: Sequence[str], dropout: float) -> None:
+    """A LLaVA: CLIP, two linears, a Llama."""
+    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    special = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
+    tokenizer = byte_tokenizer(
+        captions, special, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}"
+        "{% endif %}{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    processor = LlavaProcessor(
+        images, tokenizer, patch_size=16, vision_feature_select_strategy="default", chat_template=template,
+        image_token="<image>", num_additional_image_tokens=1,
+    )  # fmt: skip
+    ends = {"pad_token_id": 4, "bos_token_id": 1, "eos_token_id": 2}
+    config = LlavaConfig(
+        text_config={
+            "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": TEXT_POSITIONS, "attention_dropout": dropout, **ends,
+        },
+        vision_config={
+            "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 64, "patch_size": 16, "projection_dim": 32,
+        },
+        image_token_id=3, vision_feature_select_strategy="default", vision_feature_layer=-2,
+    )  # fmt: skip
+    write(folder, LlavaForConditionalGeneration(config), processor, generation=ends)

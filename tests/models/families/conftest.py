@@ -64,6 +64,11 @@ CASES = {
         {"language": "text_decoder.bert.encoder.layer.1.crossattention.self.key",
          "vision": "vision_model.encoder.layers.0.self_attn.qkv"},
     ),
+    "generic": Case(
+        "generic", ("q_proj", "v_proj"), LLAMA_LIKE, "Describe this image.",
+        {"language": "model.language_model.layers.1.mlp.up_proj", "vision": "model.vision_tower.encoder.layers.0.mlp.fc1",
+         "projector": "model.multi_modal_projector.linear_1"},
+    ),
     "clip_llama": Case(
         "clip_llama", ("q_proj", "v_proj"),
         ("model.layers.{0,1}.self_attn.{q,k,v,o}_proj", "model.layers.{0,1}.mlp.{gate,up,down}_proj"), "",
@@ -213,7 +218,7 @@ def trials():
         return [
             trial_spec(
                 config, f"t{k}",
-                {"lora.r": [2, 4, 8][k], "lora.alpha_per_rank": [2, 1, 2][k], "train.lr": [5e-3, 1e-3, 1e-2][k],
+                {"lora.r": [2, 4, 8][k], "lora.alpha_per_rank": [2, 1, 2][k], "train.lr": [5e-2, 1e-2, 1e-1][k],
                  "train.schedule": ["linear", "cosine", "constant"][k], **overrides},
                 seed=100 + k,
             )

@@ -30,10 +30,12 @@ def train_with_peft(cm, engine, spec, steps):
     """(losses, peft model) of one trial by peft, torch's AdamW, transformers' schedule and torch's cross-entropy."""
     targets = engine.cm.family.match_targets(engine.linears, "language", spec.targets)
     peft = get_peft_model(cm.model, LoraConfig(r=spec.r, lora_alpha=spec.alpha, target_modules=targets))
+    for path in engine.full:
+        cm.model.get_submodule(path).requires_grad_(True)
     own = {n: p for n, p in peft.named_parameters() if p.requires_grad}
     begin = start(spec, {t: engine.shapes[t] for t in targets})
     with torch.no_grad():
-        for name, p in own.items():
+        for name, p in ((n, p) for n, p in own.items() if ".lora_" in n):
             path = name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
             p.data = begin[path][0 if ".lora_A." in name else 1].to(cm.compute_dtype)
     optimiser = torch.optim.AdamW(
@@ -122,6 +124,60 @@ def test_packed_equals_plain_peft_in_fp64(case, settings, plain, make_engine, tr
     engine.admit_adapter(dataclasses.replace(specs[0], trial_id="again"), folder)
     again = engine.evaluate(["again"])["again"].captions
     assert list(again.values()) == packed["t0"]
+
+
+def test_projector_copies_of_each_slot_equal_plain_training(
+    case, settings, plain, make_engine, trials, tmp_path, no_rounding
+):
+    """lora.full=projector: weight and bias of the projector are each trial's own; out as an adapter, and in again."""
+    if "projector" not in case.scopes:
+        pytest.skip(f"{case.family} has no projector: its cross-attention takes the features as they are")
+    config = settings(case, lora__full=["projector"], train__weight_decay=0.01)
+    engine = make_engine(plain(case), config)
+    specs = trials(config, 2)
+    for spec in specs:
+        engine.admit(spec)
+    losses = [{t: r.loss for t, r in engine.step().items()} for _ in range(3)]
+    for spec in specs:
+        cm = plain(case)
+        alone, _ = train_with_peft(cm, engine, spec, 3)
+        assert [step[spec.trial_id] for step in losses] == pytest.approx(alone, rel=1e-9, abs=0)
+        value = engine.state(spec.trial_id)["value"]
+        for path in engine.full:
+            module = cm.model.get_submodule(path)
+            assert torch.allclose(value[path][0], module.weight, rtol=1e-9, atol=1e-11)
+            assert torch.allclose(value[path][1][:, 0], module.bias, rtol=1e-9, atol=1e-11)
+            assert not torch.equal(value[path][0], plain(case).model.get_submodule(path).weight)
+    folder = engine.export("t1", tmp_path / "adapter", which="last")
+    engine.admit_adapter(dataclasses.replace(specs[1], trial_id="again"), folder)
+    assert engine.evaluate(["again"])["again"].val_loss == pytest.approx(engine.evaluate(["t1"])["t1"].val_loss, 1e-6)
+    cm = plain(case)
+    read = PeftModel.from_pretrained(cm.model, str(folder)).eval()
+    value = engine.state("t1")["value"]
+    for path in engine.full:
+        if cm.family.full_file:
+            continue
+        kept = read.get_submodule(f"base_model.model.{path}").modules_to_save["default"]
+        assert torch.allclose(kept.weight.double(), value[path][0], atol=1e-6)
+
+
+def test_several_parts_at_once(case, settings, load, make_engine, trials):
+    """Adapters in every part of the model: slots of a pack differ, and learn, and decode."""
+    parts = [p for p in case.scopes if p != "vision" or case.family != "qwen2_vl"]
+    engine = make_engine(load(case), settings(case, lora__scope="+".join(parts)))
+    leaves = {p.rsplit(".", 1)[-1] for p in case.scopes.values()}
+    names = [n for n in leaves if any(p.rsplit(".", 1)[-1] == n for p in engine.linears)]
+    for spec in trials(settings(case), 2, **{"lora.targets": names, "train.warmup_steps": 0}):
+        engine.admit(spec)
+    first = engine.step()
+    for _ in range(4):
+        last = engine.step()
+    assert all(r.finite for r in last.values())
+    assert all(engine.evaluate(["t0"])["t0"].captions)
+    moved = engine.state("t0")["value"]
+    assert all(b.abs().max() > 0 for _, b in moved.values())
+    assert {p.split(".")[-1] for p in moved} == set(names)
+    assert first["t0"].loss != last["t0"].loss
 
 
 def fingerprint(model):
