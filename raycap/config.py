@@ -164,6 +164,12 @@ def check(config: Config) -> None:
         )
     if not 0 <= c.lora.dropout < 1:
         raise ConfigError(f"lora.dropout={c.lora.dropout} must be at least 0 and below 1")
+    if c.lora.layers and not (
+        c.lora.layers.startswith("top") and c.lora.layers[3:].isdecimal() and int(c.lora.layers[3:])
+    ):
+        raise ConfigError(f"lora.layers={c.lora.layers!r} must be empty (all) or top<n>, for example top6")
+    if c.lora.layers and c.lora.scope != "all" and "language" not in c.lora.scope.split("+"):
+        raise ConfigError(f"lora.layers={c.lora.layers} has no effect with lora.scope={c.lora.scope}")
     if not c.lora.targets:
         raise ConfigError("lora.targets is empty: no module would get an adapter")
     if c.train.warmup_steps and c.train.warmup_ratio:

@@ -114,6 +114,12 @@ class LoraSettings:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("query", "key", "value", "dense")
     """Names of the linear modules inside `scope` that get an adapter (suffixes, as in peft)."""
+    layers: str = ""
+    """Language layers that get adapters: `top6` are the six nearest the head; empty: all."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r (rsLoRA)."""
+    init_from: str = ""
+    """A PEFT adapter that every trial begins with, of the same rank, alpha and targets; empty begins anew."""
     scope: str = "language"
     """Part of the model that gets adapters: language, vision, projector; several joined by +; or all."""
     full: tuple[Literal["projector"], ...] = ()

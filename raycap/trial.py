@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from raycap.config import Config, check, parse_value
 from raycap.errors import ConfigError, did_you_mean
 
 SWEEPABLE = (
-    "lora.r", "lora.alpha", "lora.alpha_per_rank", "lora.dropout", "lora.targets",
+    "lora.r", "lora.alpha", "lora.alpha_per_rank", "lora.dropout", "lora.targets", "lora.layers", "lora.rslora",
     "train.lr", "train.schedule", "train.warmup_steps", "train.warmup_ratio", "train.weight_decay",
     "train.beta1", "train.beta2", "train.max_grad_norm", "data.captions",
 )  # fmt: skip
@@ -40,11 +41,15 @@ class TrialSpec:
     max_grad_norm: float
     captions: str = "all"
     """data.captions: the rule that picks the slot's captions."""
+    layers: str = ""
+    """lora.layers: which language layers get adapters; empty: all."""
+    rslora: bool = False
+    """Whether the factor is alpha / sqrt(r)."""
 
     @property
     def scale(self) -> float:
-        """alpha / r, the factor on B A x (Hu et al. 2021, section 4.1)."""
-        return self.alpha / self.r
+        """Factor on B A x: alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023)."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def to_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -101,4 +106,6 @@ def trial_spec(
         beta2=c.train.beta2,
         max_grad_norm=c.train.max_grad_norm,
         captions=c.data.captions,
+        layers=c.lora.layers,
+        rslora=c.lora.rslora,
     )

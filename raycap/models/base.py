@@ -7,6 +7,7 @@ frozen vision tower makes of them.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from raycap.files import sha256_json
 if TYPE_CHECKING:
     from PIL import Image
 
+_LAYER = re.compile(r"\.(?:layers|layer)\.(\d+)\.")
 IGNORED = -100
 """Label of a position that is not learnt: prompt and padding."""
 
@@ -233,6 +235,25 @@ class Family(ABC):
                 )
             chosen |= found
         return [p for p in paths if p in chosen]
+
+    def in_layers(self, paths: Sequence[str], layers: str, every: Sequence[str]) -> list[str]:
+        """Those of `paths` in the language layers that `layers` means (`top6`), and those outside the language part.
+
+        `every` are all linears of the model's scope: they tell how many layers there are.
+
+        Raises:
+            ConfigError: the model has not more layers than that, so that the setting would do nothing.
+        """
+        if not layers:
+            return list(paths)
+        prefixes = self.scopes()["language"]
+        number = {p: int(found[1]) for p in every if p.startswith(prefixes) and (found := _LAYER.search(p))}
+        count, top = 1 + max(number.values(), default=-1), int(layers.removeprefix("top"))
+        if top >= count:
+            raise ConfigError(
+                f"lora.layers={layers}: family {self.name} has {count} language layers here: leave it out"
+            )
+        return [p for p in paths if number.get(p, count) >= count - top]
 
     # --- running ------------------------------------------------------------------------------------------------------
 

@@ -87,7 +87,7 @@ def export_adapter(
         "init_lora_weights": True,
         "inference_mode": True,
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": spec.rslora,
     }
     # Last: a folder without it is unfinished.
     write_json(folder / "adapter_config.json", config)
@@ -110,7 +110,7 @@ def import_adapter(folder: Path | str, full_file: str = "") -> tuple[dict[str, A
         raise ModelError(f"{folder} holds no readable PEFT adapter: {error}") from error
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder} is a {config.get('peft_type')} adapter; a slot holds LORA only")
-    for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias"):
+    for name in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias"):
         if config.get(name):
             raise ModelError(f"{folder}: {name}={config[name]} is nothing that a slot holds; train it alone, with peft")
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}

@@ -114,8 +114,10 @@ class PackEngine:
     def active(self) -> list[str]:
         return list(self.slots)
 
-    def admit(self, spec: TrialSpec, state: Mapping[str, Any] | None = None) -> None:
-        """Give a trial a slot: at its seed's start, or where `state` (of `state()`) left it.
+    def admit(
+        self, spec: TrialSpec, state: Mapping[str, Any] | None = None, *, adapter: Path | str | None = None
+    ) -> None:
+        """Give a trial a slot: at its seed's start, at `adapter` (else lora.init_from), or where `state` left it.
 
         Raises:
             ConfigError: a rank of 0, or a target that matches no module.
@@ -126,10 +128,14 @@ class PackEngine:
             raise RunError(f"trial {spec.trial_id} has a slot already")
         if len(self.slots) >= self.max_slots:
             raise RunError(f"trial {spec.trial_id} finds no slot: tune.slots={self.max_slots} are taken")
-        targets = self.cm.family.match_targets(self.linears, self.config.lora.scope, spec.targets)
+        targets = self._targets(spec)
         self.sampler(spec.captions)  # one that needs scores which are not there is told at once
         if state is None:
-            value = {**start(spec, {t: self.shapes[t] for t in targets}, self.stacks.dtype), **self._full_start()}
+            adapter = adapter or self.config.lora.init_from
+            if adapter:
+                value = self._read(spec, [*targets, *self.full], adapter)
+            else:
+                value = {**start(spec, {t: self.shapes[t] for t in targets}, self.stacks.dtype), **self._full_start()}
             targets = [*targets, *self.full]
             slot = Slot(spec, targets, {"value": value, "m": {}, "v": {}})
             slot.loss_scale = LossScale(FIRST_LOSS_SCALE if self.scaled else 1.0)
@@ -144,13 +150,24 @@ class PackEngine:
 
     def admit_adapter(self, spec: TrialSpec, folder: Path | str) -> None:
         """Give a trial a slot that begins with the PEFT adapter in `folder` and fresh moments."""
-        config, weights = import_adapter(folder, self.cm.family.full_file)
-        targets = [*self.cm.family.match_targets(self.linears, self.config.lora.scope, spec.targets), *self.full]
+        self.admit(spec, adapter=folder)
+
+    def _read(self, spec: TrialSpec, targets: list[str], folder: Path | str) -> Weights:
+        """The adapter in `folder`, checked to be of the trial's modules, rank and scale."""
+        config, weights = import_adapter(Path(folder).expanduser(), self.cm.family.full_file)
         self._check_fits(spec, targets, weights)
-        if config["lora_alpha"] != spec.alpha:
-            raise ModelError(f"{folder} has lora_alpha {config['lora_alpha']}, the trial {spec.alpha:g}")
-        self.admit(spec)
-        self.slots[spec.trial_id].tensors["value"] = {t: weights[t] for t in targets}
+        if config["lora_alpha"] != spec.alpha or bool(config.get("use_rslora")) != spec.rslora:
+            raise ModelError(
+                f"{folder} has lora_alpha {config['lora_alpha']} and use_rslora {bool(config.get('use_rslora'))}, "
+                f"the trial {spec.alpha:g} and {spec.rslora}"
+            )
+        return {t: weights[t] for t in targets}
+
+    def _targets(self, spec: TrialSpec) -> list[str]:
+        """Linears that the trial adapts."""
+        family = self.cm.family
+        found = family.match_targets(self.linears, self.config.lora.scope, spec.targets)
+        return family.in_layers(found, spec.layers, self.linears)
 
     def _check_fits(self, spec: TrialSpec, targets: list[str], weights: Weights) -> None:
         if set(weights) != set(targets):

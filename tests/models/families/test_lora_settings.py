@@ -1,0 +1,55 @@
+"""lora.layers, lora.rslora, lora.init_from: slots of one pack may differ in the first two; each as plain peft has it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from peft import PeftModel
+
+from raycap.errors import ConfigError, ModelError
+
+
+def test_layers_scale_and_start_from_an_adapter(case, settings, plain, make_engine, trials, tmp_path):
+    if case.twin not in ("git", "blip", "qwen2_vl"):
+        pytest.skip("the same code as of the families that are tried")
+    config = settings(case)
+    engine = make_engine(plain(case, torch.float32), config)
+    whole, top, stable = trials(config)
+    top = dataclasses.replace(top, layers="top1")
+    stable = dataclasses.replace(stable, rslora=True)
+    for spec in (whole, top, stable):
+        engine.admit(spec)
+    for _ in range(2):
+        assert all(r.finite for r in engine.step().values())
+    paths = {t: set(engine.state(t)["value"]) for t in engine.active}
+    assert paths["t1"] < paths["t0"]
+    assert all(".1." in p for p in paths["t1"])
+    assert any(".0." in p for p in paths["t0"])
+    # rsLoRA: what plain peft makes of the folder is what the slot does.
+    folder = engine.export("t2", tmp_path / "stable", which="last")
+    cm = plain(case, torch.float32)
+    PeftModel.from_pretrained(cm.model, str(folder)).eval()
+    store = engine.stores["val"]
+    rows = engine.validator.rows(store)
+    pixels = cm.family.pixel_values(cm.processor, torch.from_numpy(store.pixels(rows)))
+    assert list(engine.evaluate(["t2"])["t2"].captions.values()) == cm.family.generate(cm, pixels, config.decode)
+    # Going on from it, and only with what it is.
+    again = make_engine(plain(case, torch.float32), settings(case, lora__init_from=str(folder)))
+    again.admit(dataclasses.replace(stable, trial_id="again"))
+    for path, pair in again.state("again")["value"].items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, engine.state("t2")["value"][path]))
+    with pytest.raises(ModelError, match="expected"):
+        again.admit(whole)
+    with pytest.raises(ModelError, match="use_rslora True"):
+        again.admit(dataclasses.replace(stable, trial_id="plain", rslora=False))
+    with pytest.raises(ConfigError, match=r"lora.layers=top2: family \w+ has 2 language layers"):
+        engine.admit(dataclasses.replace(top, trial_id="deep", layers="top2"))
+
+
+def test_settings_without_effect_are_refused(case, settings):
+    with pytest.raises(ConfigError, match="top<n>"):
+        settings(case, lora__layers="six")
+    with pytest.raises(ConfigError, match="has no effect with"):
+        settings(case, lora__layers="top1", lora__scope="vision")
