@@ -74,6 +74,7 @@ class Keys(threading.local):
         """Whose gradients the modules add up."""
         self.slots = 0
         self.first_row = 0
+        self.rows = 0
         self._slot_hashes: torch.Tensor | None = None
         self._lines: dict[tuple[int, ...], torch.Tensor] = {}
         self._columns: dict[tuple[str, int], torch.Tensor] = {}
@@ -82,13 +83,15 @@ class Keys(threading.local):
     def on(self) -> bool:
         return self._slot_hashes is not None
 
-    def set(self, seeds: Sequence[int], steps: Sequence[int], device: torch.device, first_row: int = 0) -> None:
+    def set(
+        self, seeds: Sequence[int], steps: Sequence[int], device: torch.device, first_row: int = 0, rows: int = 0
+    ) -> None:
         """`seeds` and `steps` are those of the K slots; `first_row` is the row of the effective batch with which this
-        micro-batch begins."""
+        micro-batch begins, `rows` how many of a slot it has: some modules see rows and positions as one axis."""
         parts = torch.tensor([[s & _LOW, (s >> 32) & _LOW, n] for s, n in zip(seeds, steps)], dtype=torch.int64)
         low, high, step = parts.unbind(1)
         self._slot_hashes = mix(mix(mix(low ^ _GOLDEN) ^ high) ^ step).to(device)
-        self.slots, self.first_row = len(parts), first_row
+        self.slots, self.first_row, self.rows = len(parts), first_row, rows
         self._lines.clear()
 
     def clear(self) -> None:
@@ -107,6 +110,9 @@ class Keys(threading.local):
         return ((limits - 1).view(-1, 1, 1) - low) >> 15
 
     def _lines_of(self, shape: torch.Size) -> torch.Tensor:
+        count = self.slots * self.rows
+        if count and shape[0] != count and shape[0] % count == 0:
+            shape = (count, shape[0] // count, *shape[1:])
         key = tuple(shape)
         if key not in self._lines:
             device = self._slot_hashes.device

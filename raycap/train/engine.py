@@ -343,7 +343,7 @@ class PackEngine:
             first, pairs, images = part
             text = self.validator.text(train, pairs, times=len(slots) if shared else 1)
             self.keys.lane = lane
-            self.keys.set(seeds, steps, self.device, first)
+            self.keys.set(seeds, steps, self.device, first, len(text["labels"]) // len(slots))
             try:
                 output = self.cm.family.label_logits(self.cm, text, images)
                 gradient, rows = output.logits.detach(), len(text["labels"]) // len(slots)

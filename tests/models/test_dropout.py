@@ -84,6 +84,18 @@ def test_a_mask_is_a_function_of_its_keys():
     assert not torch.equal(kept(keys((6,), (9,)), "n", (4, 20, 31), [0.4]), alone)
 
 
+def test_rows_and_positions_in_one_axis_are_told_apart():
+    """A projector that flattens [K*b, N, D] to [K*b*N, D] meets the same masks, whatever the micro-batch."""
+    whole, half = Keys(), Keys()
+    whole.set((1, 2), (0, 0), CPU, 0, 4)
+    half.set((1, 2), (0, 0), CPU, 2, 2)
+    shares = [0.5, 0.5]
+    flat = kept(whole, "m", (8 * 5, 16), shares).view(8, 5, 16)
+    assert torch.equal(flat, kept(whole, "m", (8, 5, 16), shares))
+    later = kept(half, "m", (4 * 5, 16), shares).view(2, 2, 5, 16)
+    assert torch.equal(later, flat.view(2, 4, 5, 16)[:, 2:])
+
+
 def test_attention_masks_do_not_depend_on_the_length():
     long, short = (kept(keys((6,), (9,)), "a", (2, 4, t, t), [0.4]) for t in (13, 9))
     assert torch.equal(long[:, :, :9, :8], short[..., :8])
