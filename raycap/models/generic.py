@@ -146,4 +146,4 @@ def _spread(cm, batch, features):
 def _outputs(features: torch.Tensor) -> dict:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    return {"image": BaseModelOutputWithPooling(pooler_output=features)}
+    return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
