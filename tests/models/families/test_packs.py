@@ -173,9 +173,11 @@ def test_several_parts_at_once(case, settings, load, make_engine, trials):
     for _ in range(4):
         last = engine.step()
     assert all(r.finite for r in last.values())
-    assert all(engine.evaluate(["t0"])["t0"].captions)
+    assert len(engine.evaluate(["t0"])["t0"].captions) == 4
     moved = engine.state("t0")["value"]
-    assert all(b.abs().max() > 0 for _, b in moved.values())
+    for part in parts:  # some tower's last layer is not looked at, so not every one of its linears learns
+        inside = {p: b for p, (_, b) in moved.items() if p.startswith(engine.cm.family.scopes()[part])}
+        assert any(b.abs().max() > 0 for b in inside.values()), part
     assert {p.split(".")[-1] for p in moved} == set(names)
     assert first["t0"].loss != last["t0"].loss
 
