@@ -196,7 +196,11 @@ class Resizer:
     def describe(self) -> dict[str, Any]:
         family, processor = _processor(self.family, self.path, self.settings)
         shape = [int(n) for n in family.image_size(processor)]
-        return {"processor": _image_fingerprint(self.family, self.path, self.settings), "family": self.family, "shape": shape}
+        return {
+            "processor": _image_fingerprint(self.family, self.path, self.settings),
+            "family": self.family,
+            "shape": shape,
+        }
 
 
 @lru_cache(maxsize=4)
