@@ -25,6 +25,7 @@ import numpy as np
 
 from raycap.evaluate.cider import CiderScorer
 from raycap.evaluate.java import java
+from raycap.evaluate.metrics import score
 from raycap.evaluate.ptb import tokenise
 from raycap.evaluate.significance import paired_bootstrap
 from raycap.evaluate.tokenise import ptb_java
@@ -47,6 +48,7 @@ def main() -> int:
     found: dict[str, Any] = {
         "images": args.images, "references_per_image": args.references, "rounds": args.rounds, "seed": args.seed,
         "cores": os.cpu_count(), "cider": cider(references, predictions), "tokenise": tokenising(references),
+        "all": everything(references, predictions, ("bleu", "rouge_l", "cider", *(["meteor"] if args.meteor else []))),
         "bootstrap": bootstrap(args.images, args.resamples, args.seed),
     }  # fmt: skip
     if args.meteor:
@@ -108,6 +110,40 @@ def cider(references: dict[int, list[str]], predictions: list[dict[int, str]]) -
         "ratio": statistics.median(peer) / statistics.median(ours),
         "largest_difference": apart,
     }
+
+
+def everything(
+    references: dict[int, list[str]], predictions: list[dict[int, str]], metrics: tuple[str, ...]
+) -> dict[str, Any]:
+    """`score` from raw captions to signed figures, against pycocoevalcap's usual recipe: PTB in Java for both sides of
+    each call, then each metric's class."""
+    program = java()
+    if not program:
+        return {"left_out": "no Java"}
+    os.environ["PATH"] = f"{Path(program).parent}{os.pathsep}{os.environ['PATH']}"
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    ours, peer, apart = [], [], 0.0
+
+    def theirs(said: dict[int, str]) -> dict[str, float]:
+        gts = PTBTokenizer().tokenize({i: [{"caption": c} for c in own] for i, own in references.items()})
+        res = PTBTokenizer().tokenize({i: [{"caption": c}] for i, c in said.items()})
+        found = {f"bleu{n + 1}": s for n, s in enumerate(Bleu(4).compute_score(gts, res, verbose=0)[0])}
+        found |= {"rouge_l": Rouge().compute_score(gts, res)[0], "cider": Cider().compute_score(gts, res)[0]}
+        return found | ({"meteor": Meteor().compute_score(gts, res)[0]} if "meteor" in metrics else {})
+
+    for said in predictions[:2]:
+        seconds, mine = timed(lambda said=said: score(said, references, metrics))
+        ours.append(seconds)
+        seconds, other = timed(lambda said=said: theirs(said))
+        peer.append(seconds)
+        apart = max(apart, *(abs(mine[name].score - value) for name, value in other.items()))
+    return {"metrics": list(metrics), "first_s": ours[0], "second_s": ours[1], "peer_first_s": peer[0], "peer_second_s": peer[1],
+            "ratio_first": peer[0] / ours[0], "ratio_second": peer[1] / ours[1], "largest_difference": apart}  # fmt: skip
 
 
 def tokenising(references: dict[int, list[str]]) -> dict[str, Any]:

@@ -92,7 +92,8 @@ def settings(options: argparse.Namespace, out: Path) -> Any:
 
     shapes = options.data == "shapes"
     source = options.data if shapes else str(Path(options.data).expanduser().resolve())
-    chosen = [f"data.source={source}", f"run.cache_dir={out / 'shards'}"]
+    # The default trial, which is never pruned, is for a verdict; here all sides train the same sampled trials.
+    chosen = [f"data.source={source}", f"run.cache_dir={out / 'shards'}", "tune.default_trial=false"]
     if options.quick:
         chosen += [*QUICK, "tune.trials=3"]
         if shapes:

@@ -201,6 +201,20 @@ def check(config: Config) -> None:
         raise ConfigError(f"tune.eta={c.tune.eta} must be at least 2")
     if not 0 <= c.tune.grace_steps <= c.train.steps:
         raise ConfigError(f"tune.grace_steps={c.tune.grace_steps} must lie between 0 and train.steps={c.train.steps}")
+    if c.evaluate.clip and "clipscore" not in c.evaluate.metrics:
+        raise ConfigError(f"evaluate.clip={c.evaluate.clip!r} has no effect without clipscore in evaluate.metrics")
+    if c.tune.confirm_seeds == 1 or c.tune.confirm_seeds < 0:
+        raise ConfigError(
+            f"tune.confirm_seeds={c.tune.confirm_seeds} must be 0, or at least 2 to show how seeds differ"
+        )
+    if c.tune.confirm_seeds and c.tune.confirm_top < 2:
+        raise ConfigError(f"tune.confirm_top={c.tune.confirm_top} must be at least 2: settings are compared")
+    if c.tune.confirm_seeds and not c.tune.space:
+        raise ConfigError(
+            f"tune.confirm_seeds={c.tune.confirm_seeds} has no effect: tune.space is empty, so all is one setting"
+        )
+    if c.tune.default_trial and not c.tune.space:
+        raise ConfigError("tune.default_trial has no effect: tune.space is empty, so every trial is the default")
     if c.tune.scheduler == "none" and c.tune.grace_steps:
         raise ConfigError("tune.grace_steps has no effect with tune.scheduler=none")
     for key in ("serve.replicas", "serve.max_batch", "serve.max_queue", "serve.max_body_bytes", "serve.max_image_px",

@@ -166,6 +166,14 @@ class TuneSettings:
     """Of the trials that reach a rung one in eta goes on."""
     grace_steps: int = 0
     """Step of the first rung; 0 takes steps / eta^2."""
+    default_trial: bool = False
+    """Train the settings as they stand too, as one more trial that is never pruned: the winner is compared with it."""
+    prune_collapsed: bool = False
+    """Stop a trial whose captions have collapsed at a rung, whatever its score."""
+    confirm_seeds: int = 0
+    """Train the best settings again with so many other seeds, for a verdict on the settings (0: adapters alone)."""
+    confirm_top: int = 2
+    """How many settings `confirm_seeds` trains again."""
     space: dict[str, Any] = field(default_factory=dict)
     """Setting -> {choice: [...]}, {uniform: [lo, hi]} or {loguniform: [lo, hi]}."""
 
@@ -184,6 +192,8 @@ class DecodeSettings:
 class EvaluateSettings:
     metrics: tuple[str, ...] = ("bleu", "meteor", "rouge_l", "cider")
     lang: str = "en"
+    clip: str = ""
+    """CLIP of the metric clipscore: architecture/weights as open_clip names them, or a folder; empty: ViT-B-32/openai."""
     resamples: int = 10000
     """Bootstrap resamples behind an interval."""
 

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from raycap.report.runs import Run
 
 NAME = "compare"
-HELP = "compare runs on the pictures they share: paired bootstrap of CIDEr, Holm over the runs"
+HELP = "compare runs on the pictures they share: paired bootstrap of a metric, Holm over the runs"
 EXAMPLES = """\
 examples:
   raycap compare results/shapes-git results/shapes-git-2
   raycap compare results/a results/b results/c --split val --variant adapter --json
+  raycap compare results/a results/b --metric bleu4
 
 Every run is compared with the first. Document frequencies come from the shared references, so that all runs are
 measured by one scale.
@@ -28,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders, the one to compare with first")
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--variant", help="which captions; default: the furthest on the way to served that all have")
+    parser.add_argument(
+        "--metric", default="cider", choices=("cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor"),
+        help="default: %(default)s; meteor is compared by the mean of its segments",
+    )  # fmt: skip
     parser.add_argument("--resamples", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     add_json(parser)
@@ -40,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--resamples {args.resamples} is too few for a 95 % interval: take at least 1000")
     from raycap.report.runs import load_run
 
-    found = compare([load_run(r) for r in args.runs], args.split, args.variant, args.resamples, args.seed)
+    runs = [load_run(r) for r in args.runs]
+    found = compare(runs, args.split, args.variant, args.resamples, args.seed, args.metric)
     if args.json:
         print_json(found)
         return 0
@@ -49,26 +55,26 @@ def run(args: argparse.Namespace) -> int:
         print(f"note: {warning}")
     width = max(len(r["run"]) for r in found["runs"])
     for row in found["runs"]:
-        line = f"  {row['run']:<{width}}  CIDEr {row['cider']:.4f}"
+        line = f"  {row['run']:<{width}}  {args.metric} {row['score']:.4f}"
         if "difference" in row:
             line += f"  {row['difference']:+.4f} [{row['low']:.4f}, {row['high']:.4f}]  p {row['p']:.4f}"
             line += f", Holm {row['p_holm']:.4f}: {row['verdict']}"
         print(line)
+    for row in found["runs"][1:]:
+        print(row["sentence"])
     print(f"signature: {found['signature']}")
     return 0
 
 
-def compare(runs: list[Run], split: str, variant: str | None, resamples: int, seed: int) -> dict[str, Any]:
+def compare(
+    runs: list[Run], split: str, variant: str | None, resamples: int, seed: int, metric: str = "cider"
+) -> dict[str, Any]:
     """Every run against the first.
 
     Raises:
         UsageError: no variant that all runs have. DataError: no shared pictures, or other references for one.
     """
-    import numpy as np
-
-    from raycap.evaluate.cider import CiderScorer
-    from raycap.evaluate.comparisons import holm
-    from raycap.evaluate.significance import paired_bootstrap
+    from raycap.evaluate.verdict import model_verdicts
 
     variant = variant or _shared_variant(runs, split)
     rows = [{r["image_id"]: r for r in run.predictions(split, variant)} for run in runs]
@@ -82,31 +88,59 @@ def compare(runs: list[Run], split: str, variant: str | None, resamples: int, se
                 f"{run.folder} has other references than {runs[0].folder} for {len(different)} pictures (first: "
                 f"{different[0]}): their scores measure different things"
             )
-    scorer = CiderScorer({i: rows[0][i]["references"] for i in shared})
-    scored = [scorer.score({i: other[i]["caption"] for i in shared}) for other in rows]
     groups = _groups(runs[0], split)
-    if groups is not None:
-        groups = [groups[i] for i in shared]
-    results: list[dict[str, Any]] = []
-    for run, (corpus, per_image) in zip(runs, scored):
-        row: dict[str, Any] = {"run": run.folder.as_posix(), "cider": float(corpus)}
-        if results:
-            pair = np.asarray(scored[0][1]), np.asarray(per_image)
-            verdict = paired_bootstrap(*pair, groups=groups, resamples=resamples, seed=seed)
-            row |= {k: float(getattr(verdict, k)) for k in ("difference", "low", "high", "p")}
-        results.append(row)
-    for row, adjusted in zip(results[1:], holm([r["p"] for r in results[1:]])):
-        row["p_holm"] = adjusted
-        better = "better" if row["difference"] > 0 else "worse"
-        row["verdict"] = better if adjusted < 0.05 else "cannot be told apart at this size"
+    languages = {run.config.get("evaluate", {}).get("lang", "en") for run in runs}
+    if len(languages) > 1:
+        raise DataError(
+            f"the runs are of different languages ({', '.join(sorted(languages))}): no metric compares them"
+        )
+    results = model_verdicts(
+        {
+            run.folder.as_posix() if n == 0 else f"{run.folder.as_posix()}{_again(runs, n)}": {
+                i: other[i]["caption"] for i in shared
+            }
+            for n, (run, other) in enumerate(zip(runs, rows))
+        },
+        {i: rows[0][i]["references"] for i in shared},
+        metric=metric,
+        groups=groups,
+        lang=languages.pop(),
+        resamples=resamples,
+        seed=seed,
+    )
     return {
         "split": split,
         "variant": variant,
+        "metric": metric,
         "images": len(shared),
-        "runs": results,
-        "signature": scorer.signature,
-        "warnings": _warnings(runs, rows, shared, groups is not None),
+        "runs": [
+            {"run": row.pop("name"), **({metric: row["score"]} if metric == "cider" else {}), **row} for row in results
+        ],
+        "signature": results[0]["signature"],
+        "warnings": _warnings(runs, rows, shared, groups is not None) + _signatures(runs, split, variant, metric),
     }
+
+
+def _again(runs: list[Run], n: int) -> str:
+    """Sets a run apart that is named twice."""
+    same = sum(run.folder == runs[n].folder for run in runs[:n])
+    return f" ({same + 1})" if same else ""
+
+
+def _signatures(runs: list[Run], split: str, variant: str, metric: str) -> list[str]:
+    """A warning where the runs' own stored scores were computed differently; here all are computed anew, alike."""
+    from raycap.evaluate.signature import differences
+
+    stored = [run.metrics.get(split, {}).get(variant, {}).get(metric, {}).get("signature") for run in runs]
+    found = []
+    for run, signature in zip(runs[1:], stored[1:]):
+        if stored[0] and signature and (apart := differences(stored[0], signature)):
+            said = ", ".join(f"{key} {a or 'none'} against {b or 'none'}" for key, (a, b) in apart.items())
+            found.append(
+                f"the stored {metric} of {run.folder} is not on the scale of {runs[0].folder}'s ({said}): do not set the "
+                "two side by side; here both were scored anew on the shared pictures"
+            )
+    return found
 
 
 def _shared_variant(runs: list[Run], split: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from raycap.cli.common import (
     VARIANTS,
@@ -13,6 +15,7 @@ from raycap.cli.common import (
     model_folder,
     print_json,
 )
+from raycap.errors import UsageError
 from raycap.places import kept
 
 NAME = "evaluate"
@@ -22,6 +25,9 @@ examples:
   raycap evaluate results/shapes-git --split val
   raycap evaluate results/shapes-git --variant merged-nf4 data.source=other-shards
   raycap evaluate my-model data.source=my-shards model.quantisation=none --out scored
+  raycap evaluate results/stair data.source=stair --also yj --zero-shot
+  raycap evaluate results/shapes-git --out scored, then edit scored/test.flagged.jsonl, then
+  raycap evaluate results/shapes-git --exclude scored/test.flagged.jsonl
 """
 
 
@@ -31,6 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", choices=VARIANTS, help="which model of a run; default: the one it promoted")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
     parser.add_argument("--out", metavar="FOLDER", help="write predictions and metrics there too")
+    parser.add_argument(
+        "--also",
+        metavar="SOURCE",
+        action="append",
+        default=[],
+        help="a further image set, out of domain; may be repeated",
+    )
+    parser.add_argument("--zero-shot", action="store_true", help="the base that model.path names does the same")
+    parser.add_argument(
+        "--exclude", metavar="FILE", type=Path, help="leave out the images of a reviewed file of flagged captions"
+    )
     add_plain(parser)
     add_json(parser)
 
@@ -41,13 +58,45 @@ def run(args: argparse.Namespace) -> int:
     from raycap.pipeline import evaluate
 
     out = kept(args.out) if args.out else None
-    found = evaluate(config, model, split=args.split, out=out, plain=args.plain)
+    if args.exclude and not args.exclude.is_file():
+        raise UsageError(f"--exclude {args.exclude}: there is no such file")
+    found = evaluate(
+        config, model, split=args.split, out=out, plain=args.plain,
+        also=args.also, zero_shot=args.zero_shot, exclude=args.exclude,
+    )  # fmt: skip
     if args.json:
         print_json(found)
         return 0
     print(f"{model} on {found['split']}, {found['images']:,} images")
     for name, scored in found["metrics"].items():
         print(f"  {name:<8} {scored['score']:.4f}   {scored['signature']}")
+    if excluded := found.get("excluded"):
+        print(
+            f"{excluded['images']} images are left out by {args.exclude}; with them, {excluded['whole']['images']:,} images:"
+        )
+        for name, scored in excluded["whole"]["metrics"].items():
+            print(f"  {name:<8} {scored['score']:.4f}   {scored['signature']}")
+        if excluded["unknown"]:
+            print(f"note: {len(excluded['unknown'])} ids of the file are not in this split: {excluded['unknown'][0]}")
+    if found.get("sets"):
+        print(sets_table(found["sets"]))
     if found.get("predictions"):
         print(f"captions: {found['predictions']}")
+    if found.get("flagged"):
+        print(f"to review: {found['flagged']}")
     return 0
+
+
+def sets_table(rows: list[dict[str, Any]]) -> str:
+    """Models by image sets, with what each needs; scores of different sets do not compare, those of a set do."""
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    heads = ["model", "images of", "images", "parameters", "memory", *names]
+    cells = [heads]
+    for row in rows:
+        scores = [f"{row['metrics'][n]['score']:.3f}" if n in row["metrics"] else "" for n in names]
+        parameters = f"{row['parameters'] / 1e6:,.1f} M" if row.get("parameters") else "?"
+        memory = f"{row['peak_memory_bytes'] / 2**30:.1f} GiB"
+        cells.append([row["model"], row["source"], f"{row['images']:,}", parameters, memory, *scores])
+    widths = [max(len(line[n]) for line in cells) for n in range(len(heads))]
+    return "\n".join("  ".join(c.ljust(w) if n < 2 else c.rjust(w) for n, (c, w) in enumerate(zip(line, widths)))
+                     for line in cells)  # fmt: skip

@@ -135,9 +135,9 @@ def dry_run(config: Config, *, as_json: bool) -> int:
     """Print the resolved settings, the trials and what they would cost; nothing is loaded or written."""
     from raycap.report.ledger import choose_run_dir
     from raycap.report.predict import predict
-    from raycap.tune.space import sample_trials
+    from raycap.tune.space import sweep_trials
 
-    trials = [t.to_dict() | {"scale": t.scale} for t in sample_trials(config)]
+    trials = [t.to_dict() | {"scale": t.scale} for t in sweep_trials(config)]
     folder = choose_run_dir(config, claim=False)
     cost = predict(config)
     if as_json:

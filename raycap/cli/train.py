@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
         tree = new_config(args.preset, args.settings).to_dict()
         # A pack of one that nobody prunes: the preset's own point, not one drawn from its space.
         tree["tune"] |= {"trials": 1, "slots": 1, "packs": 1, "scheduler": "none", "grace_steps": 0, "space": {}}
+        tree["tune"] |= {"default_trial": False, "confirm_seeds": 0}
         config = from_dict(tree)
     if args.dry_run:
         return dry_run(config, as_json=args.json)

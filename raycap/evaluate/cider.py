@@ -77,12 +77,14 @@ class CiderScorer:
             lang=lang,
             n=len(references),
         )
+        self.warning = ""
+        """What whoever reads its scores should know; empty where there is nothing."""
         if len(frequencies) < FEW_IMAGES:
-            warnings.warn(
+            self.warning = (
                 f"CIDEr takes its document frequencies from {len(frequencies)} images; below {FEW_IMAGES} its scale is "
-                "unstable, and scores compare only with scores on the same images",
-                stacklevel=2,
+                "unstable, and scores compare only with scores on the same images"
             )
+            warnings.warn(self.warning, stacklevel=2)
         self._learn(references, corpus)
 
     def score(self, predictions: Mapping[Any, str]) -> tuple[float, np.ndarray]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from raycap.errors import DataError
 from raycap.evaluate.overlap import closest_length
 
 ENOUGH = 8
@@ -81,3 +82,55 @@ def repeats(caption: str) -> bool:
 def _share(flags: Any) -> float:
     values = list(flags)
     return sum(values) / len(values) if values else 0.0
+
+
+def flagged(
+    captions: Mapping[Any, str], references: Mapping[Any, Sequence[str]] | None = None, *, prompt: str = ""
+) -> list[dict[str, Any]]:
+    """Captions that a person should look at: {"image_id", "caption", "references", "reasons", "exclude": True} each.
+
+    Empty, repeating itself, echoing the prompt, said of more than TOP_SHARE of the images, or of a length far from every
+    reference's. Whoever reviews them sets "exclude" to false, or takes the line out, where a caption is fine;
+    `raycap evaluate --exclude` reads the file.
+    """
+    plain = {i: " ".join(c.lower().split()) for i, c in captions.items()}
+    often = Counter(plain.values())
+    start = " ".join(prompt.lower().split())
+    found = []
+    for image, text in plain.items():
+        reasons = []
+        if not text:
+            reasons.append("empty")
+        elif repeats(text):
+            reasons.append("repeats itself")
+        if start and text.startswith(start):
+            reasons.append("begins with the prompt")
+        if len(plain) >= ENOUGH and often[text] > TOP_SHARE * len(plain):
+            reasons.append(f"said of {often[text]} of {len(plain)} images")
+        own = list((references or {}).get(image, []))
+        length = len(text.split())
+        if own and text:
+            ratio = length / max(closest_length(length, [len(r.split()) for r in own]), 1)
+            if not LENGTH_RATIO[0] <= ratio <= LENGTH_RATIO[1]:
+                reasons.append(f"{ratio:.1f} times the length of its closest reference")
+        if reasons:
+            found.append({"image_id": image, "caption": captions[image], "references": own, "reasons": reasons,
+                          "exclude": True})  # fmt: skip
+    return found
+
+
+def excluded(rows: Sequence[Mapping[str, Any]], place: str = "the file") -> set[str]:
+    """Ids of the images that a reviewed file of `flagged` still leaves out.
+
+    Raises:
+        DataError: a row without image_id, or whose "exclude" is neither true nor false.
+    """
+    found = set()
+    for number, row in enumerate(rows, start=1):
+        if "image_id" not in row or not isinstance(row.get("exclude", True), bool):
+            raise DataError(
+                f'{place}:{number}: expected "image_id" and "exclude": true or false, found {dict(row)!r:.200}'
+            )
+        if row.get("exclude", True):
+            found.add(str(row["image_id"]))
+    return found

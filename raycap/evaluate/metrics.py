@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +18,7 @@ from raycap.errors import ConfigError, DataError, did_you_mean
 from raycap.evaluate.cider import CiderScorer
 from raycap.evaluate.java import NO_JAVA, java
 from raycap.evaluate.signature import references_per_image, signature
-from raycap.evaluate.tokenise import default_tokeniser, load_tokeniser
+from raycap.evaluate.tokenise import TOKENISERS, default_tokeniser, load_tokeniser
 
 METRICS: dict[str, str] = {
     "bleu": "raycap.evaluate.overlap:bleu",
@@ -29,6 +31,7 @@ METRICS: dict[str, str] = {
     "length_ratio": "raycap.evaluate.overlap:length_ratio",
     "clipscore": "raycap.models.clip_score:clipscore",
     "spice": "raycap.evaluate.spice:spice",
+    "perplexity": "raycap.evaluate.metrics:_perplexity",
 }
 """Each gives one score or several: `bleu` gives bleu1 to bleu4, `clipscore` clip_cosine, clipscore and refclipscore."""
 DEFAULT_METRICS = ("bleu", "meteor", "rouge_l", "cider")
@@ -82,6 +85,7 @@ class Prepared:
     all_tokenised: dict[Any, list[str]]
     corpus: Mapping[Any, Sequence[str]] | None = None
     """Where CIDEr's document frequencies come from; the references when None."""
+    kept: _Kept | None = None
     images: Mapping[Any, Any] | None = None
     """Pictures by image id, for the metrics that look at them."""
     clip: str = ""
@@ -94,6 +98,15 @@ class Prepared:
 
     @cached_property
     def cider(self) -> CiderScorer:
+        if self.corpus is not None or self.kept is None:
+            return self._cider()
+        if self.kept.cider is None:
+            self.kept.cider = self._cider()
+        elif self.kept.cider.warning:
+            warnings.warn(self.kept.cider.warning, stacklevel=2)
+        return self.kept.cider
+
+    def _cider(self) -> CiderScorer:
         known = {r: t for i, refs in self.all_references.items() for r, t in zip(refs, self.all_tokenised[i])}
         tokenise = load_tokeniser(self.tokeniser)
 
@@ -196,8 +209,11 @@ def _prepare(
         raise DataError(f"{len(bare)} of {len(references)} images have no reference caption, first {bare[0]!r}")
     tokenise = load_tokeniser(tokeniser)
     ids = list(predictions)
-    flat = iter(tokenise([caption for captions in references.values() for caption in captions]))
-    tokenised = {image: [next(flat) for _ in captions] for image, captions in references.items()}
+    kept = _kept(references, tokeniser, lang)
+    if not kept.tokenised:
+        flat = iter(tokenise([caption for captions in references.values() for caption in captions]))
+        kept.tokenised = {image: [next(flat) for _ in captions] for image, captions in references.items()}
+    tokenised = kept.tokenised
     captions = [predictions[image] for image in ids]
     return Prepared(
         ids=ids,
@@ -209,7 +225,50 @@ def _prepare(
         lang=lang,
         all_references=references,
         all_tokenised=tokenised,
+        kept=kept,
     )
+
+
+@dataclass
+class _Kept:
+    """What belongs to a set of references, for the next captions that are scored against it."""
+
+    tokenised: dict[Any, list[str]] = field(default_factory=dict)
+    cider: CiderScorer | None = None
+
+
+_REFERENCES: OrderedDict[str, _Kept] = OrderedDict()
+_SETS = 4
+"""Sets of references that are kept; the variants of a run come in turn against two of them."""
+
+
+def _kept(references: Mapping[Any, Sequence[str]], tokeniser: str, lang: str) -> _Kept:
+    """By content: whoever changes a reference gets another one."""
+    told = repr([(image, list(captions)) for image, captions in references.items()])
+    key = hashlib.sha256(f"{tokeniser}|{TOKENISERS[tokeniser]}|{lang}|{told}".encode("utf-8", "replace")).hexdigest()
+    found = _REFERENCES.setdefault(key, _Kept())
+    _REFERENCES.move_to_end(key)
+    while len(_REFERENCES) > _SETS:
+        _REFERENCES.popitem(last=False)
+    return found
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raise a ConfigError for a name that is no metric of text and pictures, before anything costly begins."""
+    for name in metrics:
+        load_metric(name)
+    if "perplexity" in metrics:
+        raise ConfigError(NEEDS_MODEL)
+
+
+NEEDS_MODEL = (
+    "metrics: perplexity of the references needs the model itself, not its captions: `raycap evaluate RUN "
+    "evaluate.metrics=perplexity,...` computes it"
+)
+
+
+def _perplexity(data: Prepared) -> list[Result]:
+    raise ConfigError(NEEDS_MODEL)
 
 
 def _no_meteor(lang: str) -> str:

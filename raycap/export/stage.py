@@ -78,6 +78,7 @@ def export_stage(
     run_dir: str,
     adapter: str,
     *,
+    default: str | None = None,
     worst: str | None = None,
     worst_ids: Sequence[str] = (),
     facts: dict[str, Any] | None = None,
@@ -87,8 +88,8 @@ def export_stage(
     """Caption val and test with the base and the winner, merge, gate, and caption test with what came out.
 
     Returns: captions {split: {variant: {image_id: caption}}}, gate (its dict), refused (the gate's message or ""),
-    seconds {phase: s}. `worst` is a trial's adapter whose captions of the test images `worst_ids` are wanted for the
-    report; it is not scored.
+    seconds {phase: s}. `default` is the adapter of the preset's own settings, captioned as the winner is. `worst` is a
+    trial's adapter whose captions of the test images `worst_ids` are wanted for the report; it is not scored.
     """
     import torch
 
@@ -121,6 +122,12 @@ def export_stage(
     for split in captions:
         captions[split]["adapter"] = caption_split(winner, shards, split)
     del winner
+    if default:
+        say("captions of the preset's default trial")
+        ordinary = load_base(config, adapter=default)
+        for split in captions:
+            captions[split]["default"] = caption_split(ordinary, shards, split)
+        del ordinary
     if worst and worst_ids:
         captions["test"]["worst"] = caption_split(load_base(config, adapter=worst), shards, "test", worst_ids)
     timed("adapter", began)

@@ -134,7 +134,7 @@ def clipscore(data: Prepared) -> list[Result]:
     best = np.maximum.reduceat(alike, np.cumsum([0, *counts[:-1]]))
     total = scaled + best
     both = np.divide(2 * scaled * best, total, out=np.zeros_like(total), where=total > 0)
-    parts = {"clip": scorer.name, "tok": "clip", "cut": f"{scorer.context_tokens}@{cut}"}
+    parts = {"clip": scorer.name, "tok": "clip", "cut": str(scorer.context_tokens)}
     notes = [
         f"{count} of {many} {what} are longer than CLIP's {scorer.context_tokens} tokens and are cut, as in the paper's code"
         for what, count, many in (("captions", cut, len(captions)), ("references", cut_references, len(flat)))

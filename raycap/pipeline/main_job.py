@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from raycap.cluster import connect
 from raycap.config import Config
 from raycap.errors import GateError, Interrupted, RaycapError, RunError
-from raycap.files import atomic_folder, sha256_folder
+from raycap.files import atomic_folder, sha256_folder, write_jsonl
 from raycap.pipeline.remote import in_worker
 from raycap.pipeline.tools import prepare_tools
-from raycap.pipeline.verbs import caption_through, stay
-from raycap.pipeline.verdicts import ranked, verdicts
+from raycap.pipeline.verbs import caption_through, pictures, stay
+from raycap.pipeline.verdicts import ranked, separation, verdicts
 from raycap.settings import prompt_for
 from raycap.stop import Stopped, resume_command, stoppable
 
@@ -49,14 +49,16 @@ def sweep(
         Interrupted: a person stopped it; what is on disk can be resumed.
         RaycapError: what went wrong at a stage. The run folder says so too, in run.json.
     """
+    from raycap.evaluate.metrics import check_metrics
     from raycap.report.ledger import Ledger
     from raycap.report.live import Progress
     from raycap.report.provenance import MemoryMeter
     from raycap.serve.ports import find_port
-    from raycap.tune.space import sample_trials
+    from raycap.tune.space import sweep_trials
 
     # What cannot work is told before a folder is made, and before hours are spent.
-    sample_trials(config)
+    sweep_trials(config)
+    check_metrics(config.evaluate.metrics)
     if keep_serving:
         find_port(config.serve.host, config.serve.port)
     command = command or shlex.join(["raycap", *sys.argv[1:]])
@@ -103,6 +105,7 @@ class _Run:
         shards = self._prepare()
         with connect(self.config, log=self.folder / "logs" / "ray.log") as ray, self._noting():
             found = self._sweep(shards, resume)
+            self._confirm(shards, found)
             exported = self._export(ray, shards, found)
             if exported["refused"]:
                 self._score(shards, exported["captions"], found)
@@ -135,9 +138,23 @@ class _Run:
         self.progress.phase("sweep", f"{self.config.tune.trials} trials, {self.config.tune.slots} slots a pack")
         with self.ledger.phase("sweep"):
             found = run_sweep(self.config, self.folder, shards.folder, resume=resume, on_progress=self.progress.trials)
-        self.ledger.write_trials([t.to_dict() for t in found.trials])
+            together = separation(self.config, shards, found).get("together", [])
+        self.ledger.write_trials([{**t.to_dict(), "not_separable": t.trial_id in together} for t in found.trials])
         self.facts.update(best_trial=found.best, pids=found.pids, notes=found.notes)
         return found
+
+    def _confirm(self, shards: Shards, found: Any) -> None:
+        """Train the best settings again with other seeds, where that is asked for."""
+        if not self.config.tune.confirm_seeds:
+            return
+        from raycap.pipeline.confirm import confirm
+
+        self.progress.phase("sweep", f"the best settings again, with {self.config.tune.confirm_seeds} other seeds")
+        with self.ledger.phase("confirm"):
+            order = ranked(found, self.config.train.select_by)
+            self.facts["settings"] = confirm(
+                self.config, self.folder, shards, found, order, lambda said: self.progress.phase("sweep", said)
+            )
 
     def _export(self, ray: Any, shards: Shards, found: Any) -> dict[str, Any]:
         from raycap.export.card import CardFacts
@@ -172,6 +189,7 @@ class _Run:
                 str(shards.folder),
                 str(self.folder.absolute()),
                 str(found.adapters[best.trial_id]),
+                default=self._default(found),
                 worst=str(found.adapters[worst]) if worst else None,
                 worst_ids=picture_ids(shards),
                 facts=facts_dict(card),
@@ -203,6 +221,14 @@ class _Run:
                 self.progress.done(text_summary(load_run(self.folder)))
                 stay(self.progress, served)
 
+    def _default(self, found: Any) -> str | None:
+        """The adapter of the preset's own settings, unless it is the winner or was never scored."""
+        from raycap.tune.space import DEFAULT
+
+        if not self.config.tune.default_trial or found.best == DEFAULT or DEFAULT not in found.adapters:
+            return None
+        return str(found.adapters[DEFAULT])
+
     def _compare_served(self, captions: Mapping[str, Mapping[str, str]], variant: str) -> dict[str, Any]:
         """How many served captions differ from those of the same model in a local process, and which."""
         served, local = captions["served"], captions[variant]
@@ -223,29 +249,52 @@ class _Run:
     def _score(self, shards: Shards, captions: dict[str, Any], found: Any) -> None:
         """Write every variant's captions, then score them: the winner alone meets the test split, and once."""
         from raycap.evaluate import score
+        from raycap.evaluate.signature import require_same
 
         self.progress.phase("score", "BLEU, METEOR, ROUGE-L, CIDEr of every variant")
         per_image: dict[str, dict[str, dict[str, float]]] = {}
+        scales: dict[tuple[str, str], tuple[str, str]] = {}  # variants of a split stand side by side in one table
         with self.ledger.phase("score"):
             constant = shards.constant_caption()
             for split in ("val", "test"):
                 references = shards.references(split)
+                images = pictures(self.config, shards, split)
                 variants = {"constant": dict.fromkeys(references, constant), **captions[split]}
                 variants.pop("worst", None)  # shown beside the winner's, never scored on test
                 for variant, predicted in variants.items():
                     self.ledger.write_predictions(split, variant, predicted, references)
                 for variant, predicted in variants.items():
-                    scores = score(predicted, references, self.config.evaluate.metrics, lang=self.config.evaluate.lang)
+                    scores = score(
+                        predicted, references, self.config.evaluate.metrics, lang=self.config.evaluate.lang,
+                        images=images, clip=self.config.evaluate.clip,
+                    )  # fmt: skip
                     self.ledger.add_metrics(split, variant, scores)
+                    for name, found_score in scores.items():
+                        scale = scales.setdefault((split, name), (variant, found_score.signature))
+                        require_same(scale[1], found_score.signature, (scale[0], variant))
                     if "cider" in scores:
                         per_image.setdefault(split, {})[variant] = dict(scores["cider"].per_image)
+            self._flag(shards, captions)
             if "worst" in captions["test"]:
                 self.ledger.write_predictions(
                     "test", "worst-trial", captions["test"]["worst"], shards.references("test")
                 )
-            self.facts["verdicts"] = verdicts(self.config, shards, per_image, found)
+            told = verdicts(self.config, shards, per_image, found, self.facts.get("settings"))
+            self.facts["verdicts"] = told
             self.facts["collapse"] = self._collapse(shards, captions["test"])
             self.facts["sentence"] = self.facts["verdicts"].get("sentence", "")
+
+    def _flag(self, shards: Shards, captions: Mapping[str, Mapping[str, Mapping[str, str]]]) -> None:
+        """review/<split>.jsonl: captions of the winner that a person should look at."""
+        from raycap.evaluate.collapse import flagged
+
+        prompt = prompt_for(self.config.data.prompt, self.config.evaluate.lang)
+        for split, variants in captions.items():
+            said = variants.get("served") or variants.get("adapter")
+            rows = flagged(said, shards.references(split), prompt=prompt) if said else []
+            if rows:
+                write_jsonl(self.folder / "review" / f"{split}.jsonl", rows)
+            self.facts.setdefault("flagged", {})[split] = len(rows)
 
     def _collapse(self, shards: Shards, captions: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
         from raycap.evaluate.collapse import collapse

@@ -1,4 +1,4 @@
-"""The parts of the main job that a person asks for alone: prepare, evaluate, caption, serve."""
+"""The parts of the main job that a person asks for alone: prepare, caption, serve; evaluation.py has evaluate."""
 
 from __future__ import annotations
 
@@ -90,42 +90,6 @@ def _clip_texts(model: str) -> Any:
     return lambda captions: scorer.text_features(captions, prefix="")[0]
 
 
-def evaluate(
-    config: Config, model: Path, *, split: str, out: Path | None = None, plain: bool = False
-) -> dict[str, Any]:
-    """Caption a split with a model folder through its HTTP endpoint, and score the answers.
-
-    Returns: split, images, metrics {name: {score, signature}}, predictions (the file, where `out` was given).
-    """
-    from raycap.data.shards import open_shards, prepare_if_needed
-    from raycap.evaluate import score
-    from raycap.files import write_json, write_jsonl
-    from raycap.report.live import Progress
-    from raycap.serve.app import serving
-
-    with Progress(f"evaluate · {model}", plain=plain, phases=("prepare", "serve", "score")) as progress:
-        progress.phase("prepare", f"images of '{config.data.source}'")
-        folder = prepare_if_needed(config, progress.count, prepare_tools(config))
-        shards = open_shards(folder).speaking(config.evaluate.lang, (split,))
-        references = shards.references(split)
-        progress.phase("serve", f"starting Ray Serve with {model}")
-        with connect(config), serving(config, model, port=0) as served:
-            progress.phase("serve", f"captioning {len(references):,} images of {split}")
-            captions = caption_through(served.url, shards, split, config.serve.max_batch)
-        progress.phase("score", ", ".join(config.evaluate.metrics))
-        scores = score(captions, references, config.evaluate.metrics, lang=config.evaluate.lang)
-    found: dict[str, Any] = {
-        "split": split,
-        "images": len(captions),
-        "metrics": {name: {"score": s.score, "signature": s.signature} for name, s in scores.items()},
-    }
-    if out is not None:
-        rows = [{"image_id": i, "caption": c, "references": references[i]} for i, c in captions.items()]
-        found["predictions"] = str(write_jsonl(out / f"{split}.jsonl", rows))
-        write_json(out / "metrics.json", found)
-    return found
-
-
 def caption(config: Config, model: Path, pictures: Sequence[Path]) -> list[str]:
     """Captions of picture files, in order, in this process.
 
@@ -174,6 +138,13 @@ def caption_through(url: str, shards: Shards, split: str, batch: int) -> dict[st
 
     answers = caption_images(url, named(), batch=batch)
     return dict(zip(ids, answers, strict=True))
+
+
+def pictures(config: Config, shards: Shards, split: str) -> dict[str, bytes] | None:
+    """Encoded images of a split by id, where a metric of `evaluate.metrics` looks at them; else None."""
+    if "clipscore" not in config.evaluate.metrics:
+        return None
+    return {row["image_id"]: row["image"]["bytes"] for row in shards.iter_rows(split, ("image_id", "image"))}
 
 
 def stay(progress: Progress, served: Any) -> None:

@@ -34,7 +34,7 @@ TRIAL_COLUMNS = (
     "val_loss", "cider", "cider_se", "seconds", "reason",
 )  # fmt: skip
 METRIC_COLUMNS = ("split", "variant", "metric", "score", "signature")
-VARIANTS = ("constant", "zero-shot", "adapter", "merged", "merged-nf4", "served")
+VARIANTS = ("constant", "zero-shot", "default", "adapter", "merged", "merged-nf4", "served")
 """In the order of a table: the floor, the start, then the winner's way to production."""
 STATUSES = ("finished", "failed", "interrupted")
 

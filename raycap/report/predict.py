@@ -17,7 +17,7 @@ SAME = (("model", "path"), ("model", "quantisation"), ("model", "materialise"), 
 
 def predict(config: Config, *, root: Path | str = "results") -> dict[str, str]:
     """Name -> what is expected, in words; what there is no measurement for says so."""
-    full = config.tune.trials * config.train.steps
+    full = (config.tune.trials + config.tune.default_trial) * config.train.steps
     expected = expected_steps(config)
     share = f", {expected / full:.0%} of {full:,} without pruning" if expected < full else ""
     found = {"predicted work": f"about {expected:,} optimiser steps{share}"}
@@ -40,14 +40,15 @@ def predict(config: Config, *, root: Path | str = "results") -> dict[str, str]:
 def expected_steps(config: Config) -> int:
     """Optimiser steps of all trials if one in `tune.eta` passes each rung."""
     if config.tune.scheduler == "none":
-        return config.tune.trials * config.train.steps
+        return (config.tune.trials + config.tune.default_trial) * config.train.steps
     from raycap.tune.schedule import rungs
 
     total, at, left = 0.0, 0, float(config.tune.trials)
     for rung in rungs(config.train.steps, config.tune.grace_steps, config.tune.eta):
         total += left * (rung - at)
         at, left = rung, max(1.0, left / config.tune.eta)
-    return round(total)
+    # The preset's own settings are never pruned.
+    return round(total) + config.tune.default_trial * config.train.steps
 
 
 def _newest_runs(root: Path) -> Iterable[Run]:

@@ -19,6 +19,7 @@ METRIC_NAMES = {
 VARIANT_NOTES = {
     "constant": "the most frequent training caption, for every picture",
     "zero-shot": "the base as it was, same prompt and decoding",
+    "default": "the preset's own settings, trained to the end",
     "adapter": "the winner on the quantised base",
     "merged": "the winner folded into 16-bit weights",
     "merged-nf4": "merged, then quantised again",
@@ -136,6 +137,10 @@ def _trial_row(data: ReportData, t: Mapping[str, Any], top: float) -> str:
     notes = []
     if best:
         notes.append('<span class="pill win">winner</span>')
+    elif t.get("not_separable"):
+        notes.append('<span class="pill">not separable from the best</span>')
+    if t["trial_id"] == "default":
+        notes.append("the preset's own settings, never pruned")
     if t["trial_id"] == data.worst_trial and len(data.trials) > 1:
         notes.append('<span class="pill">worst</span>')
     if collapse.get("collapsed"):

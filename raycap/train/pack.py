@@ -67,15 +67,17 @@ class Slot:
     cohort: dict[str, Any] | None = None
     """{step, scores} of the rung at which the slot waits for its verdict."""
     skips: int = 0
+    collapsed: str | None = None
+    """Why its captions count as collapsed, where that ends it."""
 
     def to_meta(self) -> dict[str, Any]:
         return {"spec": self.spec.to_dict(), "record": self.record.to_dict(), "captions": self.captions,
-                "cohort": self.cohort, "skips": self.skips}  # fmt: skip
+                "cohort": self.cohort, "skips": self.skips, "collapsed": self.collapsed}  # fmt: skip
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Slot:
         spec, record = TrialSpec.from_dict(meta["spec"]), TrialRecord.from_dict(meta["record"])
-        return cls(spec, record, dict(meta["captions"]), meta["cohort"], meta["skips"])
+        return cls(spec, record, dict(meta["captions"]), meta["cohort"], meta["skips"], meta.get("collapsed"))
 
 
 class Pack:
@@ -92,11 +94,13 @@ class Pack:
         adapters: Path,
         publish: Callable[[str], None] = lambda trial_id: None,
         checkpoint_every_s: float,
+        prune_collapsed: bool = False,
         log: Callable[[str], None] = lambda line: None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.engine, self.link, self.keeper = engine, link, keeper
         self.rungs, self.select_by, self.adapters, self.publish = set(rungs), select_by, adapters, publish
+        self.prune_collapsed = prune_collapsed
         self.checkpoint_every_s, self.log, self.clock = checkpoint_every_s, log, clock
         self.slots: dict[str, Slot] = {}
         self.ended: dict[str, dict[str, Any]] = {}
@@ -206,6 +210,8 @@ class Pack:
         The folder comes before any checkpoint without the trial: at each moment one of the two holds it.
         """
         slot = self.slots[trial_id]
+        if slot.collapsed is not None and state == "diverged":
+            state, reason = "stopped", f"at step {slot.record.steps} {slot.collapsed or 'its captions said nothing'}"
         slot.record.state = state
         slot.record.reason = reason
         if slot.record.collapse.get("collapsed") and state in ("finished", "stopped"):
@@ -278,6 +284,9 @@ class Pack:
                 record.best_step, record.collapse = step, dict(found.collapse)
                 record.val_loss, record.cider, record.cider_se = point["val_loss"], point["cider"], point["cider_se"]
                 slot.captions = dict(found.captions)
+            if self.prune_collapsed and found.collapse.get("collapsed"):
+                score = None  # no score stops a trial, whatever the others have
+                slot.collapsed = "; ".join(found.collapse.get("reasons", []))
             scores.setdefault(step, {})[trial_id] = score
         for step, cohort in scores.items():
             for trial_id in cohort:

@@ -86,6 +86,7 @@ def pack_loop(job: dict[str, Any]) -> None:
                 adapters=shelf.adapters,
                 publish=shelf.publish,
                 checkpoint_every_s=config.train.checkpoint_every_s,
+                prune_collapsed=config.tune.prune_collapsed,
                 log=log,
             )
             log(f"ends: {pack.run()}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +52,11 @@ class RungLedger:
         select_by: Literal["cider", "val_loss"],
         halving: bool = True,
         records: Mapping[str, TrialRecord] | None = None,
+        exempt: Collection[str] = (),
     ):
+        self.exempt = frozenset(exempt)
+        """Trials that are scored at every rung, never stopped for it, and not counted among those that others are
+        compared with."""
         self.path = Path(path) if path else None
         self.rungs = list(steps)
         self.eta = eta
@@ -94,7 +98,9 @@ class RungLedger:
             return {"action": "stop", "state": "finished", "reason": ""}
         if not self.halving or step not in self.rungs:
             return {"action": "go", "state": "", "reason": ""}
-        others = [s for s in scores.values() if s is not None]
+        if trial in self.exempt:
+            return {"action": "go", "state": "", "reason": ""}
+        others = [s for t, s in scores.items() if s is not None and t not in self.exempt]
         place = 1 + sum(self.sign * s > self.sign * score for s in others)
         if place <= max(1, len(others) // self.eta):
             return {"action": "go", "state": "", "reason": ""}

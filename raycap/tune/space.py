@@ -43,6 +43,16 @@ def sample_trials(config: Config) -> list[TrialSpec]:
     return trials
 
 
+DEFAULT = "default"
+"""Id of the trial that trains the settings as they stand."""
+
+
+def sweep_trials(config: Config) -> list[TrialSpec]:
+    """What a sweep trains: `sample_trials`, and with `tune.default_trial` the settings as they stand."""
+    trials = sample_trials(config)
+    return [*trials, trial_spec(config, DEFAULT)] if config.tune.default_trial else trials
+
+
 def _strides(dimensions: int) -> np.ndarray:
     root = 2.0
     for _ in range(64):

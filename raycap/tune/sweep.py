@@ -24,11 +24,12 @@ from raycap.stop import Stop, resume_command, stoppable
 from raycap.storage import is_url
 from raycap.train.record import FINAL_STATES, TrialRecord, read_records
 from raycap.train.shelf import train_storage
+from raycap.trial import TrialSpec
 from raycap.tune.launch import STOPPING, Worker, pack_worker, tune_worker
 from raycap.tune.mirror import Mirror, holders
 from raycap.tune.nodes import check_nodes, things_to_see, without_room
 from raycap.tune.schedule import PackAsha, PackFifo, RungLedger, planned_rungs
-from raycap.tune.space import sample_trials
+from raycap.tune.space import DEFAULT, sweep_trials
 
 WATCH_S = 0.5
 """Time between two looks at the board, each of which reaches `on_progress`."""
@@ -68,11 +69,13 @@ def run_sweep(
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     *,
     engine: str = "",
+    trials: list[TrialSpec] | None = None,
 ) -> SweepResult:
     """Train all trials of `config` into `run_dir`, or the rest of them with `resume`.
 
     `on_progress` gets a snapshot (Board.snapshot) twice a second, in the calling thread. `engine` names another builder
-    than the real one (raycap.train.worker.ENGINE); without `shards_folder` the packs get no data streams.
+    than the real one (raycap.train.worker.ENGINE); without `shards_folder` the packs get no data streams. `trials` takes
+    the place of those that `config` describes.
 
     Raises:
         ConfigError: a search space that cannot be sampled.
@@ -83,7 +86,7 @@ def run_sweep(
     """
     began = time.monotonic()
     run_dir = Path(run_dir).absolute()
-    trials = sample_trials(config)
+    trials = sweep_trials(config) if trials is None else trials
     steps = planned_rungs(config)
     mirror = Mirror(config, run_dir) if config.run.storage else None
     with run_lock(run_dir):
@@ -100,6 +103,7 @@ def run_sweep(
             select_by=config.train.select_by,
             halving=config.tune.scheduler == "asha",
             records=known,
+            exempt=(DEFAULT,),
         )
         ledger.written = mirror.put if mirror else None
         if all(t.trial_id in known and known[t.trial_id].ended for t in trials):

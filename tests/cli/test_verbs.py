@@ -68,7 +68,7 @@ def test_dry_run_prints_settings_and_trials_and_touches_nothing(tmp_path, monkey
 
     assert main(["sweep", "shapes-git", "tune.trials=5", "--dry-run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert len(found["trials"]) == 5 and found["config"]["tune"]["trials"] == 5
+    assert [t["trial_id"] for t in found["trials"]] == ["t00", "t01", "t02", "t03", "t04", "default"]
 
 
 def test_sweep_calls_the_pipeline_and_prints_what_came_of_it(pipeline, run_folder, capsys):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from raycap.errors import DataError
 from raycap.evaluate.collapse import collapse, repeats
 
 REFERENCES = [[f"a small thing number {n} on the left", f"thing {n}"] for n in range(20)]
@@ -97,3 +98,25 @@ def test_people_are_not_flagged(fakecap):
     assert not found["collapsed"], found
     assert found["repetition_share"] < 0.02
     assert not collapse([r["candidate"] for r in fakecap], [r["references_raw"] for r in fakecap])["collapsed"]
+
+
+def test_captions_for_review():
+    from raycap.evaluate.collapse import excluded, flagged
+
+    captions = {f"i{n}": "a dog" for n in range(12)} | {
+        "empty": " ", "loop": "a man on a man on", "echo": "Describe this: a cat", "long": "words and more words said of it here",
+        "tiny": "a bird on", "x1": "one", "x2": "two", "x3": "three",
+    }  # fmt: skip
+    references = {i: ["a bird"] for i in captions} | {"x1": ["a very long reference of many words"]}
+    found = {row["image_id"]: row["reasons"] for row in flagged(captions, references, prompt="Describe this:")}
+    assert found["empty"] == ["empty"] and "repeats itself" in found["loop"]
+    assert "begins with the prompt" in found["echo"] and found["i0"] == ["said of 12 of 20 images"]
+    assert any("times the length" in r for r in found["x1"]) and not {"tiny", "x2", "x3"} & set(found)
+    assert found["long"] == ["4.0 times the length of its closest reference"]
+    rows = flagged({"a": "", "b": "", "c": ""})
+    rows[1]["exclude"] = False
+    assert excluded(rows) == {"a", "c"}
+    with pytest.raises(DataError, match=r"file:1: expected"):
+        excluded([{"image_id": "a", "exclude": "no"}])
+    with pytest.raises(DataError, match="image_id"):
+        excluded([{"caption": "a"}])

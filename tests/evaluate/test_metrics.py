@@ -218,3 +218,27 @@ def test_nothing_is_printed(golden, capsys):
         warnings.simplefilter("ignore")
         score(*golden, NO_METEOR, tokeniser="ptb-py")
     assert capsys.readouterr() == ("", "")
+
+
+def test_references_are_tokenised_once_and_never_confused(golden, monkeypatch):
+    predictions, references = golden
+    first = score(predictions, references, NO_METEOR, tokeniser="ptb-py")
+    calls = []
+    real = module.load_tokeniser
+
+    def counting(name):
+        return lambda captions: calls.append(len(captions)) or real(name)(captions)
+
+    monkeypatch.setattr(module, "load_tokeniser", counting)
+    again = score(predictions, {i: list(c) for i, c in references.items()}, NO_METEOR, tokeniser="ptb-py")
+    assert calls == [len(predictions)]  # the captions alone
+    assert {n: s.score for n, s in again.items()} == {n: s.score for n, s in first.items()}
+    calls.clear()
+    changed = {**references, "g01": [*references["g01"], "a further reference"]}
+    other = score(predictions, changed, NO_METEOR, tokeniser="ptb-py")
+    assert sum(calls) == len(predictions) + sum(map(len, changed.values()))
+    assert other["cider"].signature != first["cider"].signature
+    assert score(predictions, references, NO_METEOR, tokeniser="ptb-py")["cider"].score == first["cider"].score
+    one = score({1: "a dog"}, {1: ["a dog", "the cat"]}, ("rouge_l",), tokeniser="ptb-py")
+    text = score({"1": "a cat"}, {"1": ["the cat", "a dog"]}, ("rouge_l",), tokeniser="ptb-py")  # ids of another kind
+    assert list(one["rouge_l"].per_image) == [1] and list(text["rouge_l"].per_image) == ["1"]

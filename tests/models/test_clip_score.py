@@ -83,7 +83,7 @@ def test_long_captions_are_cut_and_counted(tiny_clip, pictures):
     long = {**PREDICTIONS, 0: "dog " * 100, 1: "cat " * 70}
     with pytest.warns(UserWarning, match="1 of 3 captions are longer than CLIP's 77 tokens"):
         found = score(long, REFERENCES, ("clipscore",), tokeniser="ptb-py", images=pictures, clip=str(tiny_clip))
-    assert "cut:77@1" in found["clipscore"].signature
+    assert "|cut:77|" in found["clipscore"].signature
     scorer = ClipScorer(str(tiny_clip))
     features, cut = scorer.text_features(["dog " * 74 + word for word in ("one", "two")])  # differ beyond the context
     assert cut == 2 and np.array_equal(features[0], features[1])

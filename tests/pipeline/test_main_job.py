@@ -35,6 +35,8 @@ def test_the_run_folder_keeps_its_contract(run):
         assert key in entry, key
     assert entry["status"] == "finished" and entry["command"] == "raycap sweep small" and entry["peak_memory_bytes"] > 0
     variants = {"zero-shot", "adapter", "merged", "merged-nf4", "served", "constant"}
+    if entry["best_trial"] != "default":
+        variants.add("default")
     assert set(entry["metrics"]["test"]) == variants
     for variant in variants:
         found = entry["metrics"]["test"][variant]
@@ -59,7 +61,8 @@ def test_the_run_folder_keeps_its_contract(run):
         "reason",
         "captions",
     ]
-    assert len(rows) == 4 and all(float(r["scale"]) == float(r["alpha"]) / int(r["rank"]) for r in rows)
+    assert len(rows) == 5 and rows[0]["trial_id"] == "default" and rows[0]["steps"] == "18"
+    assert all(float(r["scale"]) == float(r["alpha"]) / int(r["rank"]) for r in rows)
     assert {r["state"] for r in rows} <= {"finished", "stopped", "diverged"} and "stopped" in {r["state"] for r in rows}
     gate = read_json(run / "gate.json")
     assert set(gate) == {"split", "metric", "adapter", "merged", "merged_dequantised", "merged_nf4", "drop_merged",
@@ -68,6 +71,9 @@ def test_the_run_folder_keeps_its_contract(run):
                  "best/merged-nf4/config.json", "logs/pack-0.log"):  # fmt: skip
         assert (run / name).is_file(), name
     assert "pid" in (run / "logs" / "pack-0.log").read_text()
+    told = entry["verdicts"]
+    assert told["trials"] == 5 and told["zero-shot"]["p_holm"] >= told["zero-shot"]["p"]
+    assert entry["best_trial"] in told["separation"]["p"] and set(told["scores"]) == {"val", "test"}
     assert entry["sentence"] and entry["sentence"] in (run / "report.html").read_text().replace("&#x27;", "'")
 
 

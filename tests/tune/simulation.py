@@ -91,7 +91,7 @@ def settings(**tune):
     )
 
 
-def simulate(engine, folder, config=None, *, shuffle=0, kills=(), clock=None):
+def simulate(engine, folder, config=None, *, shuffle=0, kills=(), clock=None, prune_collapsed=False):
     """Run a sweep to its end; at the engine calls numbered in `kills` the pack dies and starts again."""
     config = config or settings()
     trials = sample_trials(config)
@@ -114,7 +114,7 @@ def simulate(engine, folder, config=None, *, shuffle=0, kills=(), clock=None):
         lives += 1
         pack = Pack(
             engine(), Link(board, tune, "pack-0", f"life {lives}"), keeper, rungs=steps, select_by="cider",
-            adapters=folder / "adapters", checkpoint_every_s=0.5, clock=tick,
+            adapters=folder / "adapters", checkpoint_every_s=0.5, clock=tick, prune_collapsed=prune_collapsed,
         )  # fmt: skip
         try:
             assert pack.run() == "done"

@@ -73,3 +73,23 @@ def test_a_loss_that_is_not_finite_ends_its_trial_alone(tmp_path):
 
 def test_shares_of_time_sum_to_no_more_than_the_whole(undisturbed):
     assert 0 < sum(seat.record.seconds for seat in undisturbed.board.seats.values()) <= undisturbed.calls * 0.01
+
+
+class Collapsing(ToyEngine):
+    """Whose second trial says the same of every picture from step 30 on, at the best score of all."""
+
+    def evaluate(self, trial_ids):
+        found = super().evaluate(trial_ids)
+        for trial_id, result in found.items():
+            if trial_id == "t01" and result.step >= 10:
+                result.collapse = {"collapsed": True, "reasons": ["98% of the captions are the same"]}
+        return found
+
+
+def test_a_collapsed_trial_is_pruned_where_that_is_asked_for(tmp_path):
+    kept = simulate(Collapsing, tmp_path / "kept", settings(scheduler="none"))
+    assert kept.board.seats["t01"].record.steps == 90
+    pruned = simulate(Collapsing, tmp_path / "pruned", settings(scheduler="none"), prune_collapsed=True)
+    record = pruned.board.seats["t01"].record
+    assert (record.state, record.steps) == ("stopped", 10) and "98% of the captions are the same" in record.reason
+    assert [s.record.steps for t, s in pruned.board.seats.items() if t != "t01"] == [90] * 11

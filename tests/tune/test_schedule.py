@@ -107,3 +107,13 @@ def test_schedulers_follow_the_ledger_and_tell_the_board(kind):
     scheduler.on_trial_remove(None, SimpleNamespace(trial_id="tune-b"))
     scheduler.on_trial_complete(None, SimpleNamespace(trial_id="tune-a"), {})
     assert "PackAsha" in scheduler.debug_string() or kind is PackFifo
+
+
+def test_an_exempt_trial_is_scored_never_stopped_and_not_counted():
+    ledger = RungLedger(None, steps=[10, 30], eta=3, select_by="cider", exempt=("default",))
+    found = ledger.judge(10, {"a": 0.1, "b": 0.2, "c": 0.3, "default": 0.9})
+    assert {t for t, v in found.items() if v["action"] == "go"} == {"c", "default"}
+    assert ledger.judge(30, {"default": 0.0})["default"]["state"] == "finished"
+    low = RungLedger(None, steps=[10, 30], eta=3, select_by="cider", exempt=("default",))
+    assert low.judge(10, {"a": 0.1, "b": 0.2, "c": 0.3, "default": 0.0})["default"]["action"] == "go"
+    assert low.judge(30, {"default": None})["default"]["state"] == "diverged"

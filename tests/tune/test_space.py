@@ -8,7 +8,7 @@ import pytest
 
 from raycap.config import from_dict
 from raycap.errors import ConfigError
-from raycap.tune.space import sample_trials
+from raycap.tune.space import DEFAULT, sample_trials, sweep_trials
 
 SPACE = {
     "lora.r": {"choice": [2, 4, 8, 16, 32]},
@@ -75,3 +75,20 @@ def test_trials_share_the_seed_unless_nothing_else_differs():
 def test_a_space_that_makes_no_sense_is_refused(space, said):
     with pytest.raises(ConfigError, match=said):
         sample_trials(config(space=space))
+
+
+def test_the_settings_as_they_stand_are_one_more_trial():
+    from raycap.config import load_config
+    from raycap.errors import ConfigError
+
+    base = load_config("shapes-git", ["tune.trials=3", "tune.default_trial=false"])
+    more = load_config("shapes-git", ["tune.trials=3"])
+    assert sweep_trials(base) == sample_trials(base) == sample_trials(more)
+    *sampled, default = sweep_trials(more)
+    assert sampled == sample_trials(more) and default.trial_id == DEFAULT
+    assert (default.r, default.alpha, default.lr) == (more.lora.r, 2 * more.lora.r, more.train.lr)
+    for wrong in ("tune.default_trial=true", "tune.confirm_seeds=3"):
+        with pytest.raises(ConfigError, match=r"tune\.space is empty"):
+            load_config("shapes-git", ["tune.space={}", "tune.default_trial=false", wrong])
+    with pytest.raises(ConfigError, match="confirm_seeds=1"):
+        load_config("shapes-git", ["tune.confirm_seeds=1"])
