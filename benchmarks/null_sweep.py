@@ -2,6 +2,7 @@
 
     python benchmarks/null_sweep.py                          both nulls over the kept bank, some minutes
     python benchmarks/null_sweep.py --repeats 200 --resamples 1000
+    python benchmarks/null_sweep.py --pairs pairs.jsonl      the exchange null alone, over two captions an image of your own
     python benchmarks/null_sweep.py --make-bank results/null-bank.json     train the bank anew, some ten minutes
 
 The bank holds the validation captions of 48 adapters of one setting (shapes, tiny GIT in NF4): twelve seeds of adapter
@@ -35,8 +36,9 @@ BANK = Path(__file__).resolve().parents[1] / "results" / "null-bank.json"
 ALLOWED = 0.06
 ORDERS, SLOTS = 4, 12
 SEEDS = 3
-SETTING = ["data.source=shapes", "lora.r=16", "lora.dropout=0.1", "train.lr=5e-3", "train.batch=16",
-           "train.warmup_steps=20", "tune.default_trial=false", "decode.max_new_tokens=20"]  # fmt: skip
+TRAIN_IMAGES = 400
+SETTING = ["data.source=shapes", "lora.r=16", "lora.dropout=0.1", "train.lr=5e-3", "train.batch=8",
+           "train.warmup_steps=5", "tune.default_trial=false", "decode.max_new_tokens=20"]  # fmt: skip
 
 
 def main() -> int:
@@ -46,9 +48,21 @@ def main() -> int:
     parser.add_argument("--resamples", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--make-bank", type=Path, metavar="FILE", help="train the bank and write it there")
-    parser.add_argument("--steps", type=int, default=200, help="of an adapter of the bank")
+    parser.add_argument("--steps", type=int, default=80, help="of an adapter of the bank")
     parser.add_argument("--images", type=int, default=200, help="validation images of the bank")
+    parser.add_argument(
+        "--pairs", type=Path, metavar="FILE", help='lines {"a", "b", "references"} and, if any, "group"'
+    )
     args = parser.parse_args()
+    if args.pairs:
+        rows = [json.loads(line) for line in args.pairs.read_text(encoding="utf-8").splitlines()]
+        scorer = CiderScorer({n: row["references"] for n, row in enumerate(rows)})
+        scores = np.array([scorer.score({n: row[side] for n, row in enumerate(rows)})[1] for side in "ab"])
+        groups = [str(row.get("group", n)) for n, row in enumerate(rows)]
+        found = exchange(scores, groups, args.repeats, args.resamples, args.seed)
+        print(json.dumps({"images": len(rows), "repeats": args.repeats, "resamples": args.resamples, "allowed": ALLOWED,
+                          "signature": scorer.signature, "exchange": found}, indent=2))  # fmt: skip
+        return int(found["share"] > ALLOWED)
     if args.make_bank:
         make_bank(args.make_bank, args.steps, args.images)
         return 0
@@ -135,7 +149,7 @@ def make_bank(path: Path, steps: int, images: int) -> None:
     from raycap.train.engine import PackEngine
     from raycap.trial import trial_spec
 
-    scenes = {"train": list(generate(1_000, seed=11)), "val": list(generate(images, seed=12))}
+    scenes = {"train": list(generate(TRAIN_IMAGES, seed=11)), "val": list(generate(images, seed=12))}
     references = {f"val{n:03d}": list(s.captions) for n, s in enumerate(scenes["val"])}
     captions: dict[str, int] = {}
     said: list[list[int]] = []
@@ -162,7 +176,7 @@ def make_bank(path: Path, steps: int, images: int) -> None:
             began = time.monotonic()
             for step in range(steps):
                 engine.step()
-                if step % 50 == 49:
+                if step % 20 == 19:
                     print(
                         f"order {order}: step {step + 1} of {steps}, {time.monotonic() - began:.0f} s", file=sys.stderr
                     )
@@ -170,7 +184,7 @@ def make_bank(path: Path, steps: int, images: int) -> None:
                 found = engine.caption(name, "val")
                 said.append([captions.setdefault(found[i], len(captions)) for i in references])
             engine.close()
-    about = {"setting": [*SETTING, f"train.steps={steps}"], "orders_of_samples": ORDERS, "train_images": 1_000}
+    about = {"setting": [*SETTING, f"train.steps={steps}"], "orders_of_samples": ORDERS, "train_images": TRAIN_IMAGES}
     bank = {
         "about": about,
         "references": references,

@@ -92,6 +92,6 @@ def test_mixtures_nearly_as_java(needs_java, golden):
     "text", ["x" * 10_000, "ab " * 3_400, "a." * 5_000, "a@" * 5_000, "a," * 5_000, "<" * 10_000, "5 " * 5_000, "-a" * 5_000]
 )  # fmt: skip
 def test_ten_thousand_characters_take_no_time(text):
-    began = time.perf_counter()
+    began = time.process_time()
     Ptb()(text)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
