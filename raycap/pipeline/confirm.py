@@ -50,7 +50,7 @@ def confirm(
     captions: dict[str, list[dict[str, str]]] = {s.trial_id: [] for s in specs}
     for n, seed in enumerate(seeds, start=1):
         say(f"seed {n} of {len(seeds)}: {len(specs)} settings")
-        folder = run_dir / FOLDER / f"seed-{n}"
+        folder = run_dir / FOLDER / f"{run_dir.name}-seed-{n}"  # the name is its place on run.storage too
         again = dataclasses.replace(
             config,
             run=dataclasses.replace(config.run, seed=seed, name=f"{config.run.name or run_dir.name}-confirm-{n}"),
