@@ -59,7 +59,6 @@ def test_the_run_folder_keeps_its_contract(run):
         "cider_se",
         "seconds",
         "reason",
-        "captions",
     ]
     assert len(rows) == 5 and rows[0]["trial_id"] == "default" and rows[0]["steps"] == "18"
     assert all(float(r["scale"]) == float(r["alpha"]) / int(r["rank"]) for r in rows)
