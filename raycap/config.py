@@ -46,6 +46,7 @@ __all__ = [
     "TuneSettings",
     "all_keys",
     "check",
+    "check_decode",
     "from_dict",
     "load_config",
     "parse_value",
@@ -152,8 +153,6 @@ def check(config: Config) -> None:
         _positive(key, getattr(getattr(c, section), name))
     _positive("train.lr", c.train.lr)
     _positive("train.max_grad_norm", c.train.max_grad_norm)
-    _positive("decode.max_new_tokens", c.decode.max_new_tokens)
-    _positive("decode.num_beams", c.decode.num_beams)
     _positive("data.max_text_tokens", c.data.max_text_tokens)
     _positive("data.rows_per_shard", c.data.rows_per_shard)
     if c.data.limit < 0:
@@ -227,10 +226,39 @@ def check(config: Config) -> None:
         raise ConfigError(f"serve.batch_wait_s={c.serve.batch_wait_s} must be at least 0")
     if not 0 <= c.export.max_drop <= 1:
         raise ConfigError(f"export.max_drop={c.export.max_drop} is a relative drop between 0 and 1")
-    if c.decode.num_beams == 1 and c.decode.length_penalty != 1.0:
-        raise ConfigError(f"decode.length_penalty={c.decode.length_penalty} has no effect with decode.num_beams=1")
+    check_decode(c.decode)
+    if c.decode.do_sample and c.decode.num_beams > 1:
+        raise ConfigError(
+            f"decode.do_sample with decode.num_beams={c.decode.num_beams}: sampled beams depend on what is decoded together; "
+            "take one of them, or `raycap evaluate --grid decode=beam-sample`, which decodes in a fixed order"
+        )
     if c.model.materialise and c.model.quantisation == "none":
         raise ConfigError("model.materialise has no effect with model.quantisation=none")
+
+
+_GREEDY = DecodeSettings()
+
+
+def check_decode(decode: DecodeSettings, where: str = "decode") -> None:
+    """Raise a ConfigError for values out of range and without effect; `where` names the settings in the message."""
+    d = decode
+    _positive(f"{where}.max_new_tokens", d.max_new_tokens)
+    _positive(f"{where}.num_beams", d.num_beams)
+    _positive(f"{where}.temperature", d.temperature)
+    if not 0 < d.top_p <= 1:
+        raise ConfigError(f"{where}.top_p={d.top_p} must be above 0 and at most 1")
+    for name in ("top_k", "seed", "no_repeat_ngram_size"):
+        if getattr(d, name) < 0:
+            raise ConfigError(f"{where}.{name}={getattr(d, name)} must be at least 0")
+    for unset, off, names in (
+        ("num_beams=1", d.num_beams == 1, ("length_penalty", "early_stopping")),
+        ("do_sample=false", not d.do_sample, ("temperature", "top_k", "top_p", "seed")),
+    ):
+        for name in names:
+            if off and getattr(d, name) != getattr(_GREEDY, name):
+                raise ConfigError(f"{where}.{name}={getattr(d, name)} has no effect with {where}.{unset}")
+    if any(not word.strip() for word in d.bad_words):
+        raise ConfigError(f"{where}.bad_words holds an empty word: remove it")
 
 
 def _check_splits(splits: Sequence[float]) -> None:

@@ -183,7 +183,19 @@ class DecodeSettings:
     max_new_tokens: int = 32
     num_beams: int = 1
     length_penalty: float = 1.0
+    early_stopping: bool = False
+    """With beams: end once `num_beams` captions are complete."""
     no_repeat_ngram_size: int = 0
+    do_sample: bool = False
+    """Draw each token. An image's draws follow from `seed` and its pixels alone, whatever it is decoded together with."""
+    temperature: float = 1.0
+    top_k: int = 0
+    """Draw among the most likely tokens only (0: all)."""
+    top_p: float = 1.0
+    """Draw among the fewest tokens that hold this share of the probability only."""
+    seed: int = 0
+    bad_words: tuple[str, ...] = ()
+    """Words or phrases that no caption may contain, as they are written."""
     batch: int = 64
     """Images decoded together."""
 
@@ -196,6 +208,10 @@ class EvaluateSettings:
     """CLIP of the metric clipscore: architecture/weights as open_clip names them, or a folder; empty: ViT-B-32/openai."""
     resamples: int = 10000
     """Bootstrap resamples behind an interval."""
+    prompts: dict[str, Any] = field(default_factory=dict)
+    """Name -> prompt, for `raycap evaluate --grid prompts=...`."""
+    decodings: dict[str, Any] = field(default_factory=dict)
+    """Name -> settings of `decode`, for `raycap evaluate --grid decode=...`; greedy, beam, sample and beam-sample are there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

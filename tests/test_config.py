@@ -59,6 +59,11 @@ def test_values_are_parsed_by_declared_type(override, section, name, value):
         ("data.splits=0.5,0.5", ["data.splits"]),
         ("train.accumulation=3", ["train.accumulation=3", "train.batch=16"]),
         ("decode.length_penalty=2", ["no effect", "decode.num_beams"]),
+        ("decode.early_stopping=true", ["decode.early_stopping=True has no effect", "decode.num_beams=1"]),
+        ("decode.temperature=0.7", ["decode.temperature=0.7 has no effect", "decode.do_sample=false"]),
+        ("decode.top_p=1.5", ["decode.top_p=1.5", "at most 1"]),
+        ("decode.top_k=5", ["no effect", "decode.do_sample=false"]),
+        ("decode.seed=-1", ["decode.seed=-1", "at least 0"]),
         ("train.warmup_ratio=0.1", ["train.warmup_steps", "train.warmup_ratio"]),
         ("nonsense", ["key=value"]),
     ],
@@ -69,6 +74,12 @@ def test_bad_settings_are_refused_by_name(override, said):
     for part in said:
         assert part in error.value.message
     assert error.value.exit_code == 2
+
+
+def test_sampling_with_beams_is_for_the_grid():
+    assert load_config("shapes-git", ["decode.do_sample=true", "decode.temperature=0.7"]).decode.temperature == 0.7
+    with pytest.raises(ConfigError, match="decode.num_beams=4: sampled beams.*--grid"):
+        load_config("shapes-git", ["decode.do_sample=true", "decode.num_beams=4"])
 
 
 def test_settings_without_effect_are_refused():

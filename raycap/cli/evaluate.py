@@ -24,6 +24,7 @@ EXAMPLES = """\
 examples:
   raycap evaluate results/shapes-git --split val
   raycap evaluate results/shapes-git --variant merged-nf4 data.source=other-shards
+  raycap evaluate results/risc --grid prompts=A,B,C decode=greedy,beam-sample
   raycap evaluate my-model data.source=my-shards model.quantisation=none --out scored
   raycap evaluate results/stair data.source=stair --also yj --zero-shot
   raycap evaluate results/shapes-git --out scored, then edit scored/test.flagged.jsonl, then
@@ -48,12 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exclude", metavar="FILE", type=Path, help="leave out the images of a reviewed file of flagged captions"
     )
+    parser.add_argument(
+        "--grid",
+        metavar="axis=a,b",
+        nargs="+",
+        help="all combinations of prompts=, decode=, seeds= and models=; names from evaluate.prompts and evaluate.decodings",
+    )
     add_plain(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     model, run_folder = model_folder(args.model, args.variant)
+    if args.grid:
+        return run_grid(args, model, run_folder)
     config = config_for_model(model, run_folder, args.settings)
     from raycap.pipeline import evaluate
 
@@ -100,3 +109,30 @@ def sets_table(rows: list[dict[str, Any]]) -> str:
     widths = [max(len(line[n]) for line in cells) for n in range(len(heads))]
     return "\n".join("  ".join(c.ljust(w) if n < 2 else c.rjust(w) for n, (c, w) in enumerate(zip(line, widths)))
                      for line in cells)  # fmt: skip
+
+
+def run_grid(args: argparse.Namespace, model: Path, run_folder: Path | None) -> int:
+    """`--grid`: the table on the terminal, its files in --out or in the run's grid/<split>."""
+    from raycap.evaluate.grid import cells, read_axes
+
+    for option in ("also", "zero_shot", "exclude"):
+        if getattr(args, option, None):
+            raise UsageError(f"--{option.replace('_', '-')} has no effect with --grid: ask for it alone")
+    axes, settings = read_axes(args.grid)
+    config = config_for_model(model, run_folder, [*args.settings, *settings])
+    if not args.out and run_folder is None:
+        raise UsageError("--grid writes a table, captions and plots: name a folder with --out")
+    out = kept(args.out) if args.out else run_folder / "grid" / args.split
+    models = [model, *(model_folder(text, None)[0] for text in axes.get("models", ()))]
+    wanted = cells(config, axes)
+    from raycap.pipeline import evaluate_grid
+    from raycap.report.grid import table_text
+
+    found = evaluate_grid(config, models, wanted, split=args.split, out=out, plain=args.plain)
+    if args.json:
+        print_json(found)
+        return 0
+    print(f"{args.split}, {found['images']:,} images")
+    print(table_text(found["rows"]))
+    print(f"table, captions and plots: {out}")
+    return 0

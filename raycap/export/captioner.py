@@ -53,11 +53,14 @@ class Captioner:
         import numpy as np
         import torch
 
+        from raycap.models.decoding import for_batch
+
         cm, size = self.model, self.config.decode.batch
         captions: list[str] = []
         for begin in range(0, len(pixels), size):
             part = torch.from_numpy(np.stack([np.asarray(p) for p in pixels[begin : begin + size]]))
             values = cm.family.pixel_values(cm.processor, part).to(cm.device)
+            decode = for_batch(self.config.decode, cm.processor, part.numpy())
             with torch.inference_mode():
-                captions += cm.family.generate(cm, values, self.config.decode)
+                captions += cm.family.generate(cm, values, decode)
         return captions

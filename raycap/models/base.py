@@ -21,6 +21,7 @@ from torch import nn
 from raycap.config import DecodeSettings, LoraSettings, ModelSettings
 from raycap.errors import ConfigError, did_you_mean
 from raycap.files import sha256_json
+from raycap.models.decoding import batch_options
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -300,9 +301,11 @@ def generate_options(decode: DecodeSettings) -> dict[str, Any]:
     }  # fmt: skip
     if decode.num_beams > 1:
         options["length_penalty"] = decode.length_penalty
+        if decode.early_stopping:
+            options["early_stopping"] = True
     if decode.no_repeat_ngram_size:
         options["no_repeat_ngram_size"] = decode.no_repeat_ngram_size
-    return options
+    return options | batch_options(decode)
 
 
 @contextmanager

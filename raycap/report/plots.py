@@ -130,6 +130,11 @@ def for_page(svg: str, label: str) -> str:
 
 
 def _figure(draw: Callable[[Any], None], data: ReportData, size_in: tuple[float, float]) -> str:
+    return _with_titles(figure(draw, size_in), data)
+
+
+def figure(draw: Callable[[Any], None], size_in: tuple[float, float]) -> str:
+    """The SVG of what `draw` puts on a pair of axes, in the palette and without a window system."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -143,18 +148,17 @@ def _figure(draw: Callable[[Any], None], data: ReportData, size_in: tuple[float,
     }  # fmt: skip
     with mpl.rc_context(look):
         # The canvas by hand and no pyplot: pyplot holds figures in a global and picks a window system.
-        figure = Figure(figsize=size_in, layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+        sheet = Figure(figsize=size_in, layout="constrained")
+        FigureCanvasSVG(sheet)
+        axes = sheet.add_subplot()
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", visible=False)
         draw(axes)
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: sans-serif", out.getvalue())
-    return _with_titles(svg, data)
+        sheet.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: sans-serif", out.getvalue())
 
 
 def _with_titles(svg: str, data: ReportData) -> str:

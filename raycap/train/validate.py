@@ -16,6 +16,7 @@ import torch
 from raycap.config import Config
 from raycap.data.store import Store
 from raycap.models.base import CaptionModel
+from raycap.models.decoding import for_batch
 from raycap.train.features import Images
 from raycap.train.lanes import Lanes
 from raycap.train.loss import slot_losses
@@ -115,8 +116,10 @@ class Validator:
         slots = max(1, slots)
 
         def piece(lane: int, part: np.ndarray) -> list[str]:
+            images = self._images(store, part, slots)
+            decode = for_batch(self.config.decode, self.cm.processor, lambda: store.pixels(part), times=slots)
             with torch.no_grad():
-                return self.cm.family.generate(self.cm, self._images(store, part, slots), self.config.decode)
+                return self.cm.family.generate(self.cm, images, decode)
 
         found: list[list[str]] = [[] for _ in range(slots)]
         parts = self._parts(rows, slots)

@@ -190,6 +190,35 @@ def test_evaluate_prints_scores_with_their_signatures(pipeline, run_folder, caps
     assert json.loads(capsys.readouterr().out) == answer
 
 
+def test_evaluate_hands_a_grid_to_the_pipeline_and_prints_its_table(pipeline, run_folder, tmp_path, capsys):
+    row = {
+        "model": "run", "prompt": "A", "decode": "greedy", "seed": None, "prompt_text": "This is", "images": 3, "key": "k",
+        "metrics": {"cider": {"score": 0.5, "signature": "cider|x"}}, "decoding": "decode|x",
+        "collapse": {"collapsed": True, "reasons": ["90% of the captions are the same"]},
+    }  # fmt: skip
+    pipeline.note("evaluate_grid", {"split": "test", "images": 3, "rows": [row]})
+    settings = ["evaluate.prompts={A: This is}", "decode.max_new_tokens=9"]
+    verb = ["evaluate", str(run_folder)]
+    assert main([*verb, settings[0], "--grid", "prompts=A", "decode=greedy,beam", settings[1]]) == 0
+    out = capsys.readouterr().out
+    assert "0.5000" in out and "! 90% of the captions are the same" in out and str(run_folder / "grid" / "test") in out
+    _, (config, models, wanted), options = pipeline.calls[-1]
+    assert models == [run_folder / "best" / "merged"] and config.decode.max_new_tokens == 9
+    assert [(c.prompt, c.decode.num_beams, c.decode.max_new_tokens) for c in wanted] == [
+        ("This is", 1, 9),
+        ("This is", 4, 9),
+    ]
+    assert options == {"split": "test", "out": run_folder / "grid" / "test", "plain": False}
+
+    assert main([*verb, "--grid", "promts=A"]) == 2
+    assert "did you mean 'prompts'" in capsys.readouterr().err
+    assert main(["evaluate", str(run_folder / "best" / "merged"), "--grid", "decode=beam"]) == 2
+    assert "--out" in capsys.readouterr().err
+    models = f"models={run_folder / 'best' / 'merged'}"
+    assert main([*verb, "--grid", "decode=beam", models, "--out", str(tmp_path / "o"), "--json"]) == 0
+    assert len(pipeline.calls[-1][1][1]) == 2 and json.loads(capsys.readouterr().out)["rows"] == [row]
+
+
 def test_compare_on_shared_pictures(tmp_path, capsys):
     names = [f"p{n}" for n in range(60)]
     references = {i: [f"a {w} thing number {n}", f"{w} number {n}"] for n, i in enumerate(names) for w in ["red"]}
