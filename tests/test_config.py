@@ -78,7 +78,7 @@ def test_bad_settings_are_refused_by_name(override, said):
 
 def test_sampling_with_beams_is_for_the_grid():
     assert load_config("shapes-git", ["decode.do_sample=true", "decode.temperature=0.7"]).decode.temperature == 0.7
-    with pytest.raises(ConfigError, match="decode.num_beams=4: sampled beams.*--grid"):
+    with pytest.raises(ConfigError, match=r"decode.num_beams=4: sampled beams.*--grid"):
         load_config("shapes-git", ["decode.do_sample=true", "decode.num_beams=4"])
 
 
