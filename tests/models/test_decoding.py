@@ -78,9 +78,14 @@ def test_bad_words_never_come(said, beams):
 
 
 def test_words_that_cannot_be_written_and_settings_that_were_not_resolved(load, pixels):
-    cm = load()
+    def latin(text, add_special_tokens):
+        return {"input_ids": [ord(c) if ord(c) < 256 else 0 for c in text]}
+
+    latin.unk_token_id = 0
+    assert bad_token_ids(latin, ("ab",)) == ((97, 98), (32, 97, 98), (65, 98), (32, 65, 98))
     with pytest.raises(ConfigError, match="cannot write '雪'"):
-        bad_token_ids(cm.processor.tokenizer, ("雪",))
+        bad_token_ids(latin, ("雪",))
+    cm = load()
     values = cm.family.pixel_values(cm.processor, torch.from_numpy(pixels))
     for decode in (SAMPLE, DecodeSettings(bad_words=("red",))):
         with pytest.raises(ConfigError, match="for_batch"):
