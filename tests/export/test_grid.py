@@ -21,6 +21,7 @@ from raycap.pipeline.grid import grid_rows, named
 from raycap.report.grid import figures, table_text, write_grid
 
 pytestmark = pytest.mark.filterwarnings("ignore:CIDEr takes its document frequencies")
+HOT = {"num_beams": 3, "do_sample": True, "temperature": 4.0}
 AXES = {"prompts": ("none", "B"), "decode": ("greedy", "sample", "beam-sample")}
 
 
@@ -30,7 +31,7 @@ def config(tmp_path_factory):
         "run": {"name": "t", "cache_dir": str(tmp_path_factory.mktemp("cache"))},
         "data": {"source": "shapes", "shapes_images": [8, 6, 10]},
         "decode": {"max_new_tokens": 10, "batch": 4},
-        "evaluate": {"metrics": ["rouge_l", "cider"], "prompts": {"B": "a small"}},
+        "evaluate": {"metrics": ["rouge_l", "cider"], "prompts": {"B": "a small"}, "decodings": {"hot": HOT}},
     })  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def test_the_grid_end_to_end(config, shards, base, stage, tmp_path, monkeypatch)
 
 
 def test_a_killed_grid_goes_on_with_the_same_captions(stage, tmp_path):
-    axes = {"decode": ("beam-sample", "sample")}
+    axes = {"decode": ("hot", "sample")}
     found = stage(tmp_path, axes)
     said = captions(found)
     for of in found.values():
@@ -111,10 +112,12 @@ def test_a_killed_grid_goes_on_with_the_same_captions(stage, tmp_path):
 
 
 def test_seeds_and_batches_in_the_key(config, shards, stage, tmp_path):
-    found = stage(tmp_path, {"decode": ("greedy", "sample", "beam-sample"), "seeds": ("0", "1")})
+    axes = {"decode": ("greedy", "sample", "hot"), "seeds": ("0", "1")}
+    found = stage(tmp_path / "one", axes)
     assert len({f["key"] for f in found.values()}) == 5
     said = captions(found)
-    for kind in ("sample", "beam-sample"):
+    assert captions(stage(tmp_path / "two", axes)) == said  # generated anew
+    for kind in ("sample", "hot"):
         assert said[f"default-{kind}-s0"] != said[f"default-{kind}-s1"]
     wanted = cells(config, {"decode": ("greedy", "sample", "beam-sample")})
     for cell in wanted:
