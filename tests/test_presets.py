@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from raycap.config import all_keys, load_config, parse_value
+from raycap.evaluate.grid import cells, read_axes
 from raycap.tune.space import sample_trials
 
 PAGE = Path(__file__).parents[1] / "docs" / "seeds.md"
@@ -92,6 +93,11 @@ def test_commands_of_the_page_resolve(number, made):
     command, *_ = quoted(made)
     program, verb, place, *settings = shlex.split(command)
     assert program == "raycap" and verb in ("sweep", "train", "evaluate") and settings
+    if settings[0] == "--grid":
+        axes, settings = read_axes(settings[1:])
+        combinations = cells(load_config(PRESETS[number], settings), axes)
+        assert len(combinations) == len(axes.get("prompts", "-")) * len(axes.get("decode", "-"))
+        return
     if verb != "evaluate":
         assert place == PRESETS[number]
     if verb == "train":
