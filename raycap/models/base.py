@@ -292,6 +292,8 @@ def checkpoint_layers(cm: CaptionModel) -> None:
     try:
         # The kind that re-enters would want an input with a gradient, and frozen embeddings have none.
         cm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers makes the embeddings ask for a gradient, for the other kind; GIT adds to them in place.
+        cm.model.disable_input_require_grads()
     except ValueError as error:
         raise ConfigError(f"train.gradient_checkpointing=true: {type(cm.model).__name__} cannot ({error})") from error
 
