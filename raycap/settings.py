@@ -143,6 +143,8 @@ class TrainSettings:
     beta1: float = 0.9
     beta2: float = 0.999
     max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    """Keep less of the forward and compute it again in backward: memory for about a third more time."""
     base_dropout: bool = True
     """Whether the frozen base's own dropout is on while adapters train."""
     select_by: Literal["cider", "val_loss"] = "cider"

@@ -284,6 +284,21 @@ def trained_parts(family: Family, lora: LoraSettings) -> set[str]:
     return {*family.parts_of(lora.scope), *lora.full}
 
 
+def checkpoint_layers(cm: CaptionModel) -> None:
+    """Keep the layers' inputs alone and compute the rest again in backward (Chen et al. 2016).
+
+    Raises:
+        ConfigError: the model's layers cannot.
+    """
+    try:
+        # The kind that re-enters would want an input with a gradient, and frozen embeddings have none.
+        cm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers makes the embeddings ask for a gradient, for the other kind; GIT adds to them in place.
+        cm.model.disable_input_require_grads()
+    except ValueError as error:
+        raise ConfigError(f"train.gradient_checkpointing=true: {type(cm.model).__name__} cannot ({error})") from error
+
+
 def float_dtype(module: nn.Module) -> torch.dtype:
     """What `module` computes in: the dtype of its first parameter that is not packed into integers."""
     return next(p.dtype for p in module.parameters() if p.is_floating_point())

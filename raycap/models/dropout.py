@@ -63,10 +63,10 @@ def put_on(x: torch.Tensor, mask: torch.Tensor, *, in_place: bool = False) -> to
     return (x.view(integers) & mask.to(integers)).view(x.dtype)
 
 
-class Keys(threading.local):
+class SharedKeys:
     """The step that masks belong to. Set before a forward that trains, cleared after its backward.
 
-    Every thread has its own, so that lanes (raycap/train/lanes.py) compute different rows of a step at once.
+    One for all threads: on a GPU backward has a thread of its own, in which gradient checkpointing computes again.
     """
 
     def __init__(self) -> None:
@@ -130,6 +130,10 @@ class Keys(threading.local):
         return self._columns[name, size]
 
 
+class Keys(SharedKeys, threading.local):
+    """Keys of which every thread has its own, so that lanes (raycap/train/lanes.py) compute different rows at once."""
+
+
 class _Drop(torch.autograd.Function):
     """x [K*b, ..., D] with `mask` [K, n, D] on, and so its gradient."""
 
@@ -164,9 +168,13 @@ class KeyedDropout(nn.Module):
 def key_base_dropout(model: nn.Module, keys: Keys, *, on: bool) -> int:
     """Put keyed dropout in the place of every nn.Dropout that drops, or none where `on` is False; how many there were.
 
-    Families whose attention draws its dropout inside a fused kernel have to name a module for it (or run eagerly):
-    what a kernel draws comes from the global generator and would differ between a pack and a run alone.
+    What attention draws inside a fused kernel comes from the global generator, would differ between a pack and a run
+    alone, and is off in both cases.
     """
+    for module in model.modules():
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float) and not isinstance(module, KeyedDropout):
+                setattr(module, name, 0.0)
     found = [(n, m) for n, m in model.named_modules() if type(m) is nn.Dropout and m.p > 0]
     for name, module in found:
         parent, _, leaf = name.rpartition(".")

@@ -20,8 +20,8 @@ from raycap.config import Config
 from raycap.data.order import Sampler, WindowOrder
 from raycap.data.store import Store
 from raycap.errors import ConfigError, ModelError, RunError
-from raycap.models.base import CaptionModel, evaluating, trained_parts
-from raycap.models.dropout import Keys, key_base_dropout
+from raycap.models.base import CaptionModel, checkpoint_layers, evaluating, trained_parts
+from raycap.models.dropout import Keys, SharedKeys, key_base_dropout
 from raycap.models.lora import Weights, export_adapter, import_adapter, start
 from raycap.models.stacked import KINDS, Stacks
 from raycap.train.features import Images
@@ -71,7 +71,8 @@ class PackEngine:
     def __init__(self, cm: CaptionModel, stores: Mapping[str, Store], config: Config, slots: int):
         self.cm, self.stores, self.config, self.max_slots = cm, dict(stores), config, slots
         self.device = cm.device
-        self.keys = Keys()
+        self.lanes = lanes_for(cm.device)
+        self.keys = Keys() if self.lanes.count > 1 else SharedKeys()
         self.full = [p for scope in config.lora.full for p in cm.family.linear_paths(cm.model, scope)]
         """Linears that every slot trains a copy of its own of, bias included."""
         scoped = cm.family.linear_paths(cm.model, config.lora.scope)
@@ -82,7 +83,8 @@ class PackEngine:
             linear = cm.model.get_submodule(path)
             self.shapes[path] = (linear.in_features, linear.out_features)
         key_base_dropout(cm.model, self.keys, on=config.train.base_dropout)
-        self.lanes = lanes_for(cm.device)
+        if config.train.gradient_checkpointing:
+            checkpoint_layers(cm)
         self.stacks = Stacks(
             cm.model, self.keys, compute_dtype=cm.compute_dtype, device=cm.device, lanes=self.lanes.count
         )

@@ -53,3 +53,20 @@ def test_settings_without_effect_are_refused(case, settings):
         settings(case, lora__layers="six")
     with pytest.raises(ConfigError, match="has no effect with"):
         settings(case, lora__layers="top1", lora__scope="vision")
+
+
+def test_gradient_checkpointing_computes_the_same(case, settings, twins, load, make_engine, trials):
+    """Losses of a pack with dropout, in adapters and base, are those without it; the layers do run twice."""
+    losses, calls = [], []
+    for on in (False, True):
+        config = settings(case, train__gradient_checkpointing=on, model__path=str(twins(case.twin, 0.1)))
+        engine = make_engine(load(case, model__path=str(twins(case.twin, 0.1))), config)
+        for spec in trials(config, 2, **{"lora.dropout": 0.2, "train.lr": 1e-3}):
+            engine.admit(spec)
+        site = engine.cm.model.get_submodule(engine.slots["t0"].targets[0])
+        calls.append([])
+        site.register_forward_hook(lambda *_: calls[-1].append(1))
+        losses.append([[r.loss for r in engine.step().values()] for _ in range(3)])
+        engine.close()
+    assert losses[1] == [pytest.approx(step, rel=1e-5) for step in losses[0]]
+    assert len(calls[1]) == 2 * len(calls[0]) > 0
