@@ -7,7 +7,11 @@ import pytest
 from raycap.config import load_config
 from raycap.trial import trial_spec
 
-SETTINGS = {"good": {"lora.r": 32, "train.lr": 3e-3}, "timid": {"lora.r": 2, "train.lr": 1e-4}}
+# At 3e-3 the loss leaps once after warm-up, and rounding decides whether it comes back; the sweep's winner lies below.
+SETTINGS = {
+    "good": {"lora.r": 32, "lora.alpha_per_rank": 2, "train.lr": 2e-3},
+    "timid": {"lora.r": 2, "train.lr": 1e-4},
+}
 IMAGES = 100
 
 
@@ -27,7 +31,14 @@ def test_the_best_trial_is_far_above_the_worst_and_below_the_ceiling(tmp_path, c
     for split in ("train", "val"):
         prepare = row_preparer(config.model.family, config.model.path, config.data.prompt, config.data.max_text_tokens)
         shape = cm.family.image_size(cm.processor)
-        stores[split] = Store.for_shards(shards, split, config.cache_dir, shape, config.data.max_text_tokens)
+        stores[split] = Store.for_shards(
+            shards,
+            split,
+            config.cache_dir,
+            shape,
+            config.data.max_text_tokens,
+            processor=cm.family.fingerprint(cm.processor),
+        )
         fill(stores[split], local_batches(shards.folder, split, prepare))
     engine = PackEngine(cm, stores, config, len(SETTINGS))
     for name, overrides in SETTINGS.items():

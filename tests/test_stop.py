@@ -129,7 +129,7 @@ def test_prepare_ends_with_130_and_the_next_one_begins_anew(tmp_path):
     process = subprocess.Popen(
         [*command, "data.shapes_images=100000,5,5"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert any("rows kept" in line for line in process.stderr)
+    assert any("rows/s" in line for line in process.stderr)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said

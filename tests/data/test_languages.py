@@ -48,7 +48,7 @@ def test_scores_are_of_one_language(mixed):
     english = mixed.speaking("en")
     assert list(english.references("val")) == ["6.png", "8.png"] == list(english.groups("val"))
     assert [r["row"] for r in english.iter_rows("val", ("image_id",))] == [0, 2]
-    assert set(next(english.iter_rows("val", ("image_id",)))) == {"image_id", "row"}
+    assert set(next(english.iter_rows("val", ("image_id",)))) == {"image_id", "row", "resized_for"}
     assert english.aside(("val", "test")) == {"ja": 2} and mixed.aside(("val",)) == {}
     assert english.constant_caption() == "a dog" and mixed.speaking("ja", ("val",)).constant_caption() == "いぬ"
     assert list(mixed.references("val")) == ["6.png", "7.png", "8.png", "9.png"]
