@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ class Tools:
         return found
 
 
-class Work:
+class Work(ABC):
     """One kind of piece; subclasses say what it does. `folder` is the working folder inside the shards' one."""
 
     kind = ""
@@ -96,8 +97,9 @@ class Work:
         write_json(self.result_file(unit), self.work(unit))
         return unit["rows"]
 
+    @abstractmethod
     def work(self, unit: Unit) -> dict[str, Any]:
-        raise NotImplementedError
+        """What is kept of the unit."""
 
     def result_file(self, unit: Unit) -> Path:
         return Path(self.folder) / f"{self.kind}-{unit['number']}.json"

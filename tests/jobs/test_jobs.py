@@ -95,7 +95,7 @@ def test_no_arguments_run_shapes_git_and_raycap_home_says_where(head, folder):
     run = kept / "results" / "shapes-git"
     wait_for((run / "config.yaml").is_file, lambda: head.logs("plain"), 90)
     assert head.stop("plain") == "STOPPED"
-    assert f"raycap sweep --resume {run}" in head.logs("plain")
+    assert f"python jobs/sweep.py --resume {run}" in head.logs("plain")
     assert read_json(run / "run.json")["status"] == "interrupted"
 
 
