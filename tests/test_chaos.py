@@ -21,7 +21,7 @@ def test_a_killed_and_resumed_sweep_leaves_the_adapters_of_an_undisturbed_one(tm
     logs = "\n".join(f"{log}:\n{log.read_text()[-3000:]}" for log in tmp_path.glob("*.log"))
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{logs}"
     found = json.loads(done.stdout)
-    assert found["equal"] and not found["different"] and found["trials"] == 3
+    assert found["equal"] and not found["different"] and found["trials"] == 4  # three, and the preset's own settings
     assert found["killed"] == 1 and found["drivers"] == 2
 
 
