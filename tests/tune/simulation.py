@@ -6,6 +6,8 @@ import copy
 import random
 from types import SimpleNamespace
 
+import psutil
+
 from raycap.config import from_dict
 from raycap.train.pack import Pack
 from raycap.tune.board import Board
@@ -121,3 +123,15 @@ def simulate(engine, folder, config=None, *, shuffle=0, kills=(), clock=None, pr
         except Killed:
             continue
         return SimpleNamespace(board=board, ledger=ledger, calls=calls[0], lives=lives, folder=folder)
+
+
+def kill_one(name: str) -> bool:
+    """SIGKILL one process of our own Ray whose title starts with `name`."""
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline() and process.cmdline()[0].startswith(name):
+                process.kill()
+                return True
+        except psutil.Error:
+            pass
+    return False

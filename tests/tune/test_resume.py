@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import toy_engine
-from simulation import Killed, Link, MemoryKeeper, Tune, settings, simulate
+from simulation import Killed, Link, MemoryKeeper, Tune, kill_one, settings, simulate
 
 from raycap.errors import Interrupted, RunError
 from raycap.files import read_json, write_json
@@ -183,18 +182,6 @@ def test_a_pack_on_a_full_disk_names_the_place_and_goes_on_from_the_checkpoint_b
         run.drive()
     run.keeper.save = save
     assert outcome(run.drive(), run.checkpoints / "adapters") == expected
-
-
-def kill_one(name: str) -> bool:
-    """SIGKILL one process of our own Ray whose title starts with `name`."""
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline() and process.cmdline()[0].startswith(name):
-                process.kill()
-                return True
-        except psutil.Error:
-            pass
-    return False
 
 
 @pytest.mark.ray

@@ -10,10 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import toy_engine
-from simulation import settings, simulate
+from simulation import kill_one, settings, simulate
 
 from raycap.errors import DataError, RunError
 from raycap.tune.sweep import run_lock, run_sweep
@@ -30,18 +29,6 @@ def undisturbed(tmp_path_factory):
     """What a sweep without Ray and without kills comes to; each kill below must come to the same, to the last bit."""
     run = simulate(toy_engine.ToyEngine, tmp_path_factory.mktemp("undisturbed"))
     return adapters(run.folder / "adapters"), {t: s.record.state for t, s in run.board.seats.items()}
-
-
-def kill_one(name: str) -> bool:
-    """SIGKILL one process of our own Ray whose title starts with `name`."""
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline() and process.cmdline()[0].startswith(name):
-                process.kill()
-                return True
-        except psutil.Error:
-            pass
-    return False
 
 
 @pytest.mark.ray
