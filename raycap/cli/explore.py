@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from raycap.cli.common import add_json, add_plain, add_settings, preset_list, print_json
-from raycap.cli.prepare import source_config
-from raycap.config import preset_names
+from raycap.cli.prepare import names_model, source_config
 from raycap.errors import UsageError
 
 NAME = "explore"
@@ -41,13 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.sample < 1:
         raise UsageError(f"--sample {args.sample} must be at least 1")
-    preset = args.source in preset_names() or args.source.endswith((".yaml", ".yml"))
     named = any(s.startswith("data.leaks=") for s in args.settings)
     # A set is looked at to learn of its leaks: they are told, and stop nothing.
     config = source_config(args.source, args.settings if named else ["data.leaks=allow", *args.settings])
     out = Path(args.out or f"results/explore-{config.run.name or args.source}").expanduser()
-    # Of a folder alone no model is known: the defaults' tokeniser would say nothing about it.
-    tokens = preset or any(s.startswith(("model.path=", "model.family=")) for s in args.settings)
+    tokens = names_model(args.source, args.settings)
     from raycap.pipeline import explore
 
     found = explore(config, out, sample=args.sample, tokens=tokens, clip=args.clip, plain=args.plain)

@@ -17,6 +17,7 @@ examples:
   raycap prepare my-photos --out my-shards
   raycap prepare my-photos --out my-shards data.splits=0.9,0.05,0.05
   raycap prepare shapes-git --out shapes-shards data.shapes_images=300,50,50
+  raycap prepare my-photos --out my-shards model.path=microsoft/git-base     captions cut, unknown tokens
 
 What is dropped is in my-shards/rejected.jsonl with its reason. Layouts of an image set: docs/data.md.
 {preset_list()}
@@ -36,21 +37,32 @@ def run(args: argparse.Namespace) -> int:
     out = kept(args.out)
     from raycap.pipeline import prepare
 
-    prepare(config, out, plain=args.plain)
+    tokens = prepare(config, out, tokens=names_model(args.source, args.settings), plain=args.plain)
 
     from raycap.data.parquet import open_shards
 
     manifest = open_shards(out).manifest
     if args.json:
-        print_json({"folder": str(out), **manifest})
+        print_json({"folder": str(out), **manifest, **({"tokens": tokens} if tokens else {})})
         return 0
     counts = ", ".join(f"{n:,} {split}" for split, n in manifest["counts"].items())
     rows = manifest["rows"]
     print(f"{out}: {counts}; {rows['kept']:,} rows kept, {rows['rejected']:,} rejected")
     if rows["rejected"]:
         print(f"why: {out / 'rejected.jsonl'}")
+    if tokens:
+        from raycap.report.tokens import token_line
+
+        for lang, found in tokens.items():
+            print(f"{found['tokeniser']}, {lang}: {token_line(found)}")
     print(f"next: raycap sweep photos-git-tiny data.source={out}")
     return 0
+
+
+def names_model(source: str, settings: list[str]) -> bool:
+    """Whether a model is named: of a folder alone none is known, and the defaults' tokeniser would say nothing of it."""
+    preset = source in preset_names() or source.endswith((".yaml", ".yml"))
+    return preset or any(s.startswith(("model.path=", "model.family=")) for s in settings)
 
 
 def source_config(source: str, settings: list[str]) -> Config:

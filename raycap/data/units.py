@@ -285,3 +285,8 @@ def _write_whole(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_bytes(data)
     temporary.replace(path)
+
+
+def parts(items: list[Any], size: int) -> list[list[Any]]:
+    """`items` in pieces of `size`."""
+    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -59,6 +59,7 @@ class WindowStore:
         self.references = shards.references(split)
         self.image_ids = list(self.references)
         self.groups = shards.groups(split)
+        self.langs = shards.langs(split)
         self.count = len(self.image_ids)
         self.folder = Path(cache_dir) / "store" / f"{split}-window-{shards.content_sha256[:12]}"
         self.image_shape: tuple[int, ...] = tuple(int(n) for n in image_shape)
@@ -82,6 +83,8 @@ class WindowStore:
         self.window_groups = max(1, self.capacity // 2)
         """Row groups of a window: one is in use, the next one is read ahead."""
         self.groups_read = 0
+        self._counted = np.full((self.count, 3), -1, dtype=np.int64)
+        """[N, (captions cut, tokens, unknown tokens)]; -1 where the row was never read."""
         self._pixels = self._nameless(self.folder.parent)
         self._places: OrderedDict[int, int] = OrderedDict()  # row group -> place in the file, least recently used first
         self._texts: dict[int, list[tuple[list[np.ndarray], list[int]]]] = {}
@@ -107,6 +110,15 @@ class WindowStore:
             raise RunError(
                 f"cannot write {folder}: {error.strerror}. Free space, or choose another run.cache_dir."
             ) from error
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Counts as in a finished Store's manifest, once every row has been read."""
+        if (self._counted < 0).any():
+            return {}
+        truncated, tokens, unknown = (int(n) for n in self._counted.sum(axis=0))
+        return {"captions": int(self.captions_per_image.sum()), "truncated": truncated, "tokens": tokens,
+                "unknown": unknown, "unknown_share": unknown / max(tokens, 1)}  # fmt: skip
 
     # --- reading, as from a Store -------------------------------------------------------------------------------------
 
@@ -262,6 +274,8 @@ class WindowStore:
                 [np.array(ids, dtype=np.int32) for ids in columns["token_ids"][i]],
                 [int(n) for n in columns["prompt_lens"][i]],
             )
+            tokens = sum(map(len, columns["token_ids"][i])) - sum(columns["prompt_lens"][i])
+            self._counted[row] = columns["truncated"][i], tokens, columns["unknown"][i]
             if len(part) == self._descriptors[group]["rows"]:
                 self._place(group, self._parts.pop(group))
                 whole.add(group)

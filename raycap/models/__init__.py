@@ -158,7 +158,7 @@ class RowPreparer:
 
         from PIL import Image
 
-        family, processor = _processor(self.family, self.path, self.settings)
+        family, processor = load_processor(self.family, self.path, self.settings)
         if row.get("resized_for"):
             if row["resized_for"] != _image_fingerprint(self.family, self.path, self.settings):
                 raise ConfigError(
@@ -190,11 +190,11 @@ class Resizer:
         self.family, self.path, self.settings = family, str(path), settings
 
     def __call__(self, image: Any) -> Any:
-        family, processor = _processor(self.family, self.path, self.settings)
+        family, processor = load_processor(self.family, self.path, self.settings)
         return family.resize(processor, image)
 
     def describe(self) -> dict[str, Any]:
-        family, processor = _processor(self.family, self.path, self.settings)
+        family, processor = load_processor(self.family, self.path, self.settings)
         shape = [int(n) for n in family.image_size(processor)]
         return {
             "processor": _image_fingerprint(self.family, self.path, self.settings),
@@ -205,12 +205,20 @@ class Resizer:
 
 @lru_cache(maxsize=4)
 def _image_fingerprint(name: str, path: str, settings: ModelSettings | None) -> str:
-    family, processor = _processor(name, path, settings)
+    family, processor = load_processor(name, path, settings)
     return family.image_fingerprint(processor)
 
 
 @lru_cache(maxsize=4)
-def _processor(name: str, path: str, settings: ModelSettings | None) -> tuple[Family, Any]:
-    family = load_family(name, settings)
+def load_processor(name: str, path: str, settings: ModelSettings | None) -> tuple[Family, Any]:
+    """The family called `name`, and the processor that lies at `path` (a folder, a hub id, or builtin:...).
+
+    Raises:
+        ModelError: there is none, or it is of another kind.
+    """
+    family, place = load_family(name, settings), resolve_path(path)
     remote = settings is not None and settings.trust_remote_code
-    return family, family.load_processor(resolve_path(path), trust_remote_code=remote)
+    try:
+        return family, family.load_processor(place, trust_remote_code=remote)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{place} has no processor for a model of family {family.name}: {error}") from error

@@ -141,6 +141,8 @@ class _Run:
             together = separation(self.config, shards, found).get("together", [])
         self.ledger.write_trials([{**t.to_dict(), "not_separable": t.trial_id in together} for t in found.trials])
         self.facts.update(best_trial=found.best, pids=found.pids, notes=found.notes)
+        if found.tokens:
+            self.facts["data"]["tokens"] = found.tokens
         return found
 
     def _confirm(self, shards: Shards, found: Any) -> None:

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raycap.cluster import connect
 from raycap.config import Config
+from raycap.errors import ConfigError, ModelError
 from raycap.pipeline.tools import prepare_tools
+from raycap.settings import prompt_for
 from raycap.stop import stoppable
 
 if TYPE_CHECKING:
     from raycap.data.shards import Shards
     from raycap.report.live import Progress
+    from raycap.report.tokens import ModelTokens
 
 
-def prepare(config: Config, out: Path, *, plain: bool = False) -> None:
-    """Write `config.data.source` as shards into `out`."""
+def prepare(config: Config, out: Path, *, tokens: bool = False, plain: bool = False) -> dict[str, dict[str, Any]]:
+    """Write `config.data.source` as shards into `out`.
+
+    Returns: with `tokens`, by language, what the tokeniser of `config.model` makes of the captions; else nothing.
+    """
+    from raycap.data.shards import open_shards
     from raycap.data.shards import prepare as write_shards
     from raycap.report.live import Progress
+    from raycap.report.tokens import tokens_of_shards
 
     with Progress(f"prepare · {out}", plain=plain, phases=("prepare",)) as progress:
         progress.phase("prepare", f"images of '{config.data.source}'")
         write_shards(config, out, progress.count, prepare_tools(config))
+        if not tokens:
+            return {}
+        progress.phase("prepare", f"tokens of {config.model.path}")
+        try:
+            return tokens_of_shards(open_shards(out), _model_tokens(config))
+        except (ModelError, ConfigError) as error:  # the shards are whole without it
+            progress.line(f"captions are not counted in tokens: {error.message}")
+            return {}
 
 
 def explore(
@@ -65,22 +81,24 @@ def explore(
     return found
 
 
-def _model_tokens(config: Config) -> Any:
-    """The tokeniser of `config.model`."""
-    from raycap.models import load_family, resolve_path
-    from raycap.report.explore import ModelTokens
+def _model_tokens(config: Config) -> Callable[[str], ModelTokens]:
+    """Language -> the tokeniser of `config.model`, under that language's prompt."""
+    from raycap.models import load_processor
+    from raycap.report.tokens import ModelTokens
 
-    family = load_family(config.model.family)
-    processor = family.load_processor(resolve_path(config.model.path), trust_remote_code=config.model.trust_remote_code)
-    whole, _, _ = family.encode(processor, "a", config.data.prompt, config.data.max_text_tokens)
-    alone = processor.tokenizer(["a"], add_special_tokens=False)["input_ids"][0]
+    family, processor = load_processor(config.model.family, config.model.path, config.model)
 
     def encode(captions: Sequence[str]) -> list[Sequence[int]]:
         return processor.tokenizer(list(captions), add_special_tokens=False)["input_ids"]
 
-    return ModelTokens(
-        config.model.path, encode, family.unknown_token(processor), config.data.max_text_tokens, len(whole) - len(alone)
-    )
+    alone = len(encode(["a"])[0])
+
+    def of(lang: str) -> ModelTokens:
+        prompt, limit = prompt_for(config.data.prompt, lang), config.data.max_text_tokens
+        whole, _, _ = family.encode(processor, "a", prompt, limit)
+        return ModelTokens(config.model.path, encode, family.unknown_token(processor), limit, len(whole) - alone)
+
+    return of
 
 
 def _clip_texts(model: str) -> Any:

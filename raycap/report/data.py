@@ -10,6 +10,7 @@ from typing import Any
 
 from raycap.files import read_json, write_atomic, write_json
 from raycap.report.runs import Run
+from raycap.report.tokens import token_line
 
 PICTURES = "plots/pictures.json"
 PICTURE_COUNT = 12
@@ -78,6 +79,8 @@ def report_data(run: Run) -> ReportData:
     entry, config = run.entry, run.config
     train, model, data = (config.get(s, {}) for s in ("train", "model", "data"))
     facts = {k: v for k, v in entry.get("data", {}).items() if k != "folder"}  # a cache's path tells a reader nothing
+    if tokens := facts.get("tokens"):
+        facts["tokens"] = "; ".join(f"{split}: {token_line(counts)}" for split, counts in tokens.items())
     values: dict[str, Any] = {
         "name": run.name,
         "status": run.status,

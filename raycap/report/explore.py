@@ -20,6 +20,8 @@ import numpy as np
 from raycap.data.parquet import Shards
 from raycap.errors import ConfigError, RaycapError
 from raycap.evaluate import standard_error
+from raycap.report.spread import histogram, spread
+from raycap.report.tokens import ModelTokens, count_tokens
 
 SAMPLE_IMAGES = 2000
 PICTURES = 12
@@ -28,21 +30,7 @@ LISTED = 30
 _COLUMNS = ("image_id", "captions", "group", "lang", "width", "height")
 _WORDS = re.compile(r"\w+(?:['’]\w+)*")
 
-Tokenise = Callable[[Sequence[str]], list[Sequence[int]]]
 Progress = Callable[[int, int | None, str], None]
-
-
-@dataclass(slots=True)
-class ModelTokens:
-    """A model's tokeniser: captions -> token ids without special ones."""
-
-    name: str
-    encode: Tokenise
-    unknown: int | None
-    limit: int
-    """Longest prompt + caption + end that is trained on (`data.max_text_tokens`)."""
-    extra: int = 0
-    """Tokens that prompt, start and end take of it."""
 
 
 @dataclass(slots=True)
@@ -65,7 +53,7 @@ def explore(
     *,
     seed: int = 0,
     sample: int = SAMPLE_IMAGES,
-    model: ModelTokens | None = None,
+    model: Callable[[str], ModelTokens] | None = None,
     clip: Callable[[Sequence[str]], np.ndarray] | None = None,
     clip_name: str = "",
     progress: Progress | None = None,
@@ -74,7 +62,7 @@ def explore(
 
     Args:
         sample: images of each language whose captions are compared with one another.
-        model: adds lengths in its tokens, captions that it cuts, and the share of tokens that it does not know.
+        model: language -> its tokeniser; adds lengths in tokens, captions that are cut, the share of unknown tokens.
         clip: captions -> unit vectors [n, E]; adds the cosine of an image's captions.
 
     Returns: plain values, ready for JSON: `rows`, `images`, `captions` (by language), `duplicates`, `leaks`, `notes`.
@@ -135,7 +123,7 @@ def _captions(
     lang: str,
     seed: int,
     sample: int,
-    model: ModelTokens | None,
+    model: Callable[[str], ModelTokens] | None,
     clip: Callable[[Sequence[str]], np.ndarray] | None,
     clip_name: str,
     notes: list[str],
@@ -148,21 +136,21 @@ def _captions(
     found: dict[str, Any] = {
         "images": len(rows.ids),
         "captions": len(flat),
-        "captions_per_image": _spread(counts),
-        "words": {"tokeniser": tokeniser, **_spread([len(w) for w in words])},
-        "characters": _spread([len(c) for c in flat]),
-        "words_histogram": _histogram([len(w) for w in words]),
+        "captions_per_image": spread(counts),
+        "words": {"tokeniser": tokeniser, **spread([len(w) for w in words])},
+        "characters": spread([len(c) for c in flat]),
+        "words_histogram": histogram([len(w) for w in words]),
         "vocabulary": _vocabulary(words, [s for s, c in zip(rows.splits, rows.captions) for _ in c]),
         "repeated": _repeated(rows),
     }
     if model is not None:
-        say(0, None, f"{lang}: tokens of {model.name}")
-        found["tokens"] = _tokens(flat, model)
+        say(0, None, f"{lang}: tokens of the model")
+        found["tokens"] = count_tokens(flat, model(lang))
     chosen = sample_rows(rows.captions, seed, sample)
     found["likeness"] = _likeness(rows, words, chosen, lang, tokeniser, clip, clip_name, notes, say)
     if rows.clip_scores:
         scores = np.array(rows.clip_scores, dtype=float)
-        found["clip_scores"] = {**_spread(scores), "histogram": _histogram(scores, bins=40)}
+        found["clip_scores"] = {**spread(scores), "histogram": histogram(scores, bins=40)}
     return found
 
 
@@ -292,25 +280,6 @@ def _mean_of_pairs(vectors: np.ndarray) -> float:
     return float(np.mean([vectors[a] @ vectors[b] for a, b in combinations(range(len(vectors)), 2)]))
 
 
-def _tokens(captions: Sequence[str], model: ModelTokens) -> dict[str, Any]:
-    lengths, unknown, cut = [], 0, 0
-    for start in range(0, len(captions), 10_000):
-        for ids in model.encode(captions[start : start + 10_000]):
-            lengths.append(len(ids))
-            cut += len(ids) + model.extra > model.limit
-            if model.unknown is not None:
-                unknown += sum(token == model.unknown for token in ids)
-    known = model.unknown is not None
-    return {
-        "tokeniser": model.name,
-        **_spread(lengths),
-        "limit": model.limit,
-        "captions_cut": cut,
-        "unknown": unknown if known else None,
-        "unknown_share": unknown / max(sum(lengths), 1) if known else None,
-    }
-
-
 def _vocabulary(words: list[list[str]], splits: list[str]) -> dict[str, Any]:
     counts = Counter(word for own in words for word in own)
     train = {word for own, split in zip(words, splits) for word in own if split == "train"}
@@ -353,38 +322,13 @@ def _sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
     common = sorted(Counter(sizes).items(), key=lambda x: (-x[1], x[0]))
     return {
         "images": len(sizes),
-        "width_px": _spread([w for w, _ in sizes]),
-        "height_px": _spread([h for _, h in sizes]),
-        "aspect": _spread([w / h for w, h in sizes]),
+        "width_px": spread([w for w, _ in sizes]),
+        "height_px": spread([h for _, h in sizes]),
+        "aspect": spread([w / h for w, h in sizes]),
         "distinct_sizes": len(common),
         "frequent": [[w, h, n] for (w, h), n in common[:10]],
-        "longer_side_histogram": _histogram([max(size) for size in sizes], bins=30),
+        "longer_side_histogram": histogram([max(size) for size in sizes], bins=30),
     }
-
-
-def _spread(values: Sequence[float] | np.ndarray) -> dict[str, Any]:
-    """Least, mean, median, 95th percentile, greatest."""
-    array = np.asarray(values)
-    if not len(array):
-        return {"min": None, "mean": None, "median": None, "p95": None, "max": None}
-    middle, high = np.percentile(array, [50, 95])
-    return {"min": array.min().item(), "mean": float(array.mean()), "median": float(middle), "p95": float(high),
-            "max": array.max().item()}  # fmt: skip
-
-
-def _histogram(values: Sequence[float] | np.ndarray, bins: int = 40) -> dict[str, list[float]]:
-    """{edges, counts}: a bin for each whole number where there are few enough, else `bins` of equal width."""
-    array = np.asarray(values)
-    if not len(array):
-        return {"edges": [], "counts": []}
-    low, high = float(array.min()), float(array.max())
-    if array.dtype.kind in "iu":
-        width = max(math.ceil((high - low + 1) / bins), 1)
-        edges = np.arange(low, high + width + 1, width)
-    else:
-        edges = np.linspace(low, high if high > low else low + 1, bins + 1)
-    counts, edges = np.histogram(array, edges)
-    return {"edges": [float(e) for e in edges], "counts": [int(c) for c in counts]}
 
 
 def _number(value: float) -> float | None:
@@ -431,8 +375,8 @@ def table(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ):
             if key in likeness:
                 error = likeness[key]["se"]
-                spread = "" if error is None else f" ± {error:.3f}"
-                rows.append((f"inside an image, {name}{mark}", f"{number(likeness[key]['mean'], 3)}{spread}"))
+                plus = "" if error is None else f" ± {error:.3f}"
+                rows.append((f"inside an image, {name}{mark}", f"{number(likeness[key]['mean'], 3)}{plus}"))
         if own.get("clip_scores"):
             rows.append((f"CLIPScore, cosine{mark}", _range(own["clip_scores"], 3)))
     copies = found["duplicates"] or {}
@@ -448,6 +392,6 @@ def table(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _range(spread: Mapping[str, Any], digits: int = 2) -> str:
-    ends = [f"{spread[k]:.{digits}f}" if isinstance(spread[k], float) else f"{spread[k]}" for k in ("min", "max")]
-    return f"{ends[0]}-{ends[1]}, mean {spread['mean']:.{digits}f}"
+def _range(found: Mapping[str, Any], digits: int = 2) -> str:
+    ends = [f"{found[k]:.{digits}f}" if isinstance(found[k], float) else f"{found[k]}" for k in ("min", "max")]
+    return f"{ends[0]}-{ends[1]}, mean {found['mean']:.{digits}f}"

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from raycap.report.livetable import clock as _stamp
 from raycap.report.livetable import draw, end_line, totals_line
+from raycap.report.tokens import token_line
 
 PHASES = ("prepare", "sweep", "export", "serve", "score", "report")
 LINE_EVERY_S = 10.0
@@ -50,6 +51,7 @@ class Progress:
         self._phase_began = self.began
         self._said: dict[str, str] = {}
         self._notes = 0
+        self._tokens: set[str] = set()
         self._last_line = -LINE_EVERY_S
         self._lock = threading.RLock()
         self._live: Any = None
@@ -78,12 +80,16 @@ class Progress:
                 self._write(f"{self.phase_name}: {of}{' · ' + message if message else ''}")
 
     def trials(self, snapshot: Mapping[str, Any]) -> None:
-        """The sweep's state: see raycap.tune.board.Board.snapshot. Trials that end and notes are said once."""
+        """The sweep's state: see raycap.tune.board.Board.snapshot. Trials that end, notes and tokens are said once."""
         with self._lock:
             self.snapshot = dict(snapshot)
             for note in snapshot.get("notes", [])[self._notes :]:
                 self.line(note)
             self._notes = len(snapshot.get("notes", []))
+            for split, counts in snapshot.get("tokens", {}).items():
+                if split not in self._tokens:
+                    self.line(f"{split}: {token_line(counts)}")
+                    self._tokens.add(split)
             for trial in snapshot.get("trials", []):
                 state = trial["state"]
                 if state != self._said.get(trial["trial_id"]) and state in (

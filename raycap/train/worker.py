@@ -74,7 +74,7 @@ def pack_loop(job: dict[str, Any]) -> None:
             lock = sole_worker(shelf.folder / "checkpoints" / "train" / f"{name}.lock", log)
             build = load_attribute(job.get("engine") or ENGINE)
             engine, checkpoints, feed = build(config, job, log)
-            link = BoardLink(board, name)
+            link = BoardLink(board, name, getattr(feed, "tokens", dict))
             threading.Thread(target=link.watch, args=(log,), daemon=True).start()
             shelf.fetch_ended()
             pack = Pack(
@@ -123,10 +123,13 @@ def sole_worker(path: Path, log: Callable[[str], None], patience_s: float = ORPH
 
 
 class BoardLink:
-    """Calls to the board's actor. A restarted board answers `unknown`, and the pack registers anew."""
+    """Calls to the board's actor. A restarted board answers `unknown`, and the pack registers anew.
 
-    def __init__(self, board: Any, pack: str):
-        self.board, self.pack, self.nonce = board, pack, uuid.uuid4().hex
+    `tokens` tells of each split that is in what the tokeniser made of it (Feed.tokens).
+    """
+
+    def __init__(self, board: Any, pack: str, tokens: Callable[[], dict[str, Any]] = dict):
+        self.board, self.pack, self.nonce, self.tokens = board, pack, uuid.uuid4().hex, tokens
 
     def register(self, report: dict[str, Any]) -> dict[str, Any]:
         import ray
@@ -136,7 +139,7 @@ class BoardLink:
     def exchange(self, report: dict[str, Any], wait_s: float) -> dict[str, Any]:
         import ray
 
-        report = {**report, "memory_bytes": memory_bytes()}
+        report = {**report, "memory_bytes": memory_bytes(), "tokens": self.tokens()}
         return ray.get(self.board.exchange.remote(self.pack, self.nonce, report, wait_s))
 
     def watch(self, log: Callable[[str], None]) -> None:
@@ -357,6 +360,8 @@ class Feed:
         data, model = config.data, config.model
         self.prepare = row_preparer(model.family, model.path, data.prompt, data.max_text_tokens, model)
         self.splits = {"train": "+".join(config.data.train_splits), "val": "val"}
+        self._tokens: dict[str, dict[str, Any]] = {}
+        self._limit, self._knows_all = config.data.max_text_tokens, family.unknown_token(processor) is None
         self.stores = {
             name: open_store(
                 shards,
@@ -373,6 +378,18 @@ class Feed:
             for name, split in self.splits.items()
         }
         threading.Thread(target=self._fill, name="feed", daemon=True).start()
+
+    def tokens(self) -> dict[str, dict[str, Any]]:
+        """Split -> captions, captions_cut, limit, tokens, unknown, unknown_share; of the splits that are in whole."""
+        for name, store in self.stores.items():
+            split = self.splits[name]
+            if split not in self._tokens and (stats := store.stats):
+                unknown = {n: None if self._knows_all else stats[n] for n in ("unknown", "unknown_share")}
+                self._tokens[split] = {
+                    "captions": stats["captions"], "captions_cut": stats["truncated"], "limit": self._limit,
+                    "tokens": stats["tokens"], **unknown,
+                }  # fmt: skip
+        return self._tokens
 
     def _fill(self) -> None:
         from raycap.data.stream import dataset, fill

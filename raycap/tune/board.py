@@ -101,6 +101,8 @@ class Board:
         self.stopping = False
         self.error: dict[str, str] | None = None
         self.notes: list[str] = []
+        self.tokens: dict[str, dict[str, Any]] = {}
+        """By split, what the model's tokeniser made of the captions; every pack reads the same ones."""
 
     # Tune's side -----------------------------------------------------------------------------------------------
 
@@ -164,7 +166,7 @@ class Board:
 
         report: active {trial: step}, records {trial: TrialRecord as dict} of the active, ended {trial: record},
         cohorts [{step, scores {trial: score}, metrics {trial: {...}}}] that wait for verdicts, rate (slot steps a
-        second), phase, memory_bytes.
+        second), phase, memory_bytes, tokens {split: counts} of the splits that are in.
         """
         me = self.packs.get(pack)
         if me is None:
@@ -174,6 +176,7 @@ class Board:
         me.active, me.rate, me.seen = dict(report["active"]), report.get("rate", 0.0), self.clock()
         me.phase = report.get("phase", "training")
         me.memory_bytes = report.get("memory_bytes", 0)
+        self.tokens.update(report.get("tokens", {}))
         for trial_id, values in {**report.get("records", {}), **report.get("ended", {})}.items():
             final = trial_id in report.get("ended", {})
             if not final and trial_id in self.seats and self.seats[trial_id].holder not in ("", pack):
@@ -277,6 +280,7 @@ class Board:
             "unclaimed": self.unclaimed(),
             "leases": sum(bool(seat.client) for seat in self.seats.values()),
             "notes": list(self.notes),
+            "tokens": dict(self.tokens),
             "finished": self.finished,
             "error": self.error,
         }  # fmt: skip

@@ -2,7 +2,7 @@
 
 The run's place is <run.storage>/runs/<name of the run folder>:
 
-    config.yaml, plan.json, rungs.json, trials.json, clock.json    the driver's record
+    config.yaml, plan.json, rungs.json, trials.json, clock.json, tokens.json    the driver's record
     adapters/<trial>/   what a trial ended with, trial.json last
     train/<pack>/       Train's checkpoints
     logs/<pack>.log
@@ -28,7 +28,7 @@ from raycap.storage import Storage
 from raycap.train.record import ENDED
 
 RECORD = ("config.yaml", "checkpoints/plan.json", "checkpoints/rungs.json", "checkpoints/trials.json",
-          "checkpoints/clock.json")  # fmt: skip
+          "checkpoints/clock.json", "checkpoints/tokens.json")  # fmt: skip
 BEAT_S = 10.0
 """Time between two signs of life of a driver on the storage."""
 PATIENCE_S = 300.0

@@ -43,6 +43,8 @@ NODE_WAIT_S = 900.0
 """How long a sweep waits while no node of the cluster could hold a pack; an autoscaler needs some minutes for one."""
 STOP_WAIT_S = 60.0
 """How long packs may take to write their last checkpoint after Ctrl-C."""
+TOKENS = "checkpoints/tokens.json"
+"""What a run that goes on after its sweep still wants to know."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,6 +61,8 @@ class SweepResult:
     resumed: bool = False
     notes: list[str] = field(default_factory=list)
     """What a person should know: deaths survived, leases lapsed."""
+    tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By split, what the model's tokeniser made of the captions (worker.Feed.tokens)."""
 
 
 def run_sweep(
@@ -124,6 +128,7 @@ class _Sweep:
 
         self.ray, self.config, self.run_dir, self.ledger, self.mirror = ray, config, run_dir, ledger, mirror
         self.signals = Stop()
+        self.tokens: dict[str, Any] = {}
         self.driver = uuid.uuid4().hex
         shards = str(shards_folder) if shards_folder else ""
         if mirror and shards:
@@ -256,6 +261,9 @@ class _Sweep:
         return pack.is_alive() and known is not None and known["here"]
 
     def _write_trials(self, last: dict[str, Any], written: str) -> str:
+        if (tokens := last.get("tokens")) and tokens != self.tokens:
+            self.tokens = tokens
+            write_json(self.run_dir / TOKENS, tokens)
         rows = json.dumps(last.get("trials", []))
         if rows not in (written, "[]"):
             write_json(self.run_dir / "checkpoints" / "trials.json", {"trials": last["trials"]})
@@ -374,6 +382,7 @@ def _result(records, run_dir, config, pids, began, resumed, notes) -> SweepResul
         seconds=time.monotonic() - began,
         resumed=resumed,
         notes=notes,
+        tokens=read_whole(run_dir / TOKENS) or {},
     )
 
 

@@ -124,16 +124,27 @@ def test_train_is_a_pack_of_one_that_nobody_prunes(pipeline, run_folder):
 def test_prepare_takes_a_folder_or_a_preset(pipeline, tmp_path, capsys):
     from raycap.data.shards import prepare
 
-    pipeline.note("prepare", lambda config, out, plain: prepare(config, out))
+    counts = {
+        "tokeniser": "tiny",
+        "captions": 50,
+        "captions_cut": 3,
+        "limit": 9,
+        "tokens": 400,
+        "unknown_share": 0.0125,
+    }
+    pipeline.note("prepare", lambda config, out, tokens, plain: prepare(config, out) and tokens and {"en": counts})
     out = tmp_path / "shards"
     assert main(["prepare", "shapes-git", "data.shapes_images=6,2,2", "--out", str(out)]) == 0
-    assert "10 rows kept, 0 rejected" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "10 rows kept, 0 rejected" in said
+    assert "tiny, en: 3 of 50 captions cut at 9 tokens; 400 tokens, 1.25% of them unknown" in said
 
     source = tmp_path / "mine"
     source.mkdir()
-    pipeline.note("prepare", lambda config, out, plain: None)
+    pipeline.note("prepare", {})
     assert main(["prepare", str(source), "--out", str(out), "--json"]) == 0
-    config = pipeline.calls[-1][1][0]
+    (config, _), options = pipeline.calls[-1][1:]
+    assert not options["tokens"]  # no model is named
     assert (config.data.source, config.run.name) == (str(source), "mine")
     assert json.loads(capsys.readouterr().out)["counts"] == {"train": 6, "val": 2, "test": 2}
 

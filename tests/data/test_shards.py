@@ -214,14 +214,14 @@ def test_changed_images_are_stored_without_loss(settings, make_set, good_lines, 
 KILLED = """
 import os, signal, sys
 from raycap.config import from_dict
-from raycap.data import shards
-write, calls = shards.ShardWork.work, []
+from raycap.data import shards, units
+write, calls = units.ShardWork.work, []
 def dying(*args):
     calls.append(1)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return write(*args)
-shards.ShardWork.work = dying
+units.ShardWork.work = dying
 config = from_dict({"data": {"source": sys.argv[1]}, "run": {"cache_dir": sys.argv[3]}})
 shards.prepare(config, sys.argv[2]) if sys.argv[2] else shards.prepare_if_needed(config)
 """

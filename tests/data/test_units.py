@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from raycap.data import shards as module
+from raycap.data import units
 from raycap.data.pixels import decode_stored, to_ppm
 from raycap.data.shards import Tools, open_shards, prepare, prepare_if_needed
 from raycap.data.units import Rate, choose_best
@@ -70,7 +71,7 @@ def test_a_killed_prepare_goes_on_where_it_was(settings, make_set, tmp_path, mon
     assert done.returncode == -9 and not (out / "manifest.json").exists()
     counts = {"CheckWork": 0, "ShardWork": 0}
     for name in counts:
-        kind = getattr(module, name)
+        kind = getattr(units, name)
 
         def work(self, unit, name=name, real=kind.work):
             counts[name] += 1

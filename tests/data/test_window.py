@@ -179,3 +179,24 @@ def test_through_ray_data(window, whole, prepare_row, ray_session):
     for step in range(20):
         store.plan(order.order.ahead(step))
         same(store, whole, order.pairs(step))
+
+
+def test_tokens_are_counted_once_each_row_was_read(window, whole):
+    store = window(4)
+    rows = np.arange(300)
+    store.pixels(rows)
+    assert store.stats == {}  # half a set says nothing of the whole
+    store.pixels(np.arange(600))
+    counts = ("captions", "truncated", "tokens", "unknown", "unknown_share")
+    assert store.stats == {name: whole.stats[name] for name in counts} and store.stats["tokens"] > 600
+
+
+def test_rows_keep_their_language(settings, make_set, prepare_row, tmp_path):
+    lines = [{"image": f"{i}.png", "captions": ["a" if i % 2 else "犬"], "split": "train", "lang": ("ja", "en")[i % 2]}
+             for i in range(6)]  # fmt: skip
+    lines += [{"image": f"{s}.png", "captions": [s], "split": s, "lang": "en"} for s in ("val", "test")]
+    prepare(settings(make_set(lines)), tmp_path / "mixed")
+    mixed = open_shards(tmp_path / "mixed")
+    store = WindowStore(mixed, "train", tmp_path / "cache", SHAPE, local_reader(prepare_row), 4 * GROUP_BYTES)
+    assert store.langs == mixed.langs("train") and list(store.langs.values()) == ["ja", "en"] * 3
+    store.close()

@@ -12,8 +12,10 @@ from raycap.config import from_dict
 from raycap.data.shards import open_shards, prepare
 from raycap.evaluate import metrics
 from raycap.report import explore as module
-from raycap.report.explore import ModelTokens, explore, leave_one_out_bleu4, sample_rows, table, tfidf_cosines, words_of
+from raycap.report.explore import explore, leave_one_out_bleu4, sample_rows, table, tfidf_cosines, words_of
 from raycap.report.explore_page import bars, random_pictures, render
+from raycap.report.spread import histogram, spread
+from raycap.report.tokens import ModelTokens, token_line, tokens_of_shards
 
 
 def picture(number, fmt="PNG"):
@@ -64,7 +66,7 @@ def found(shards):
         vectors = np.array([[len(c), 1.0 + c.count("a")] for c in captions])
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    return explore(shards, model=tokens, clip=clip, clip_name="toy")
+    return explore(shards, model=lambda lang: tokens, clip=clip, clip_name="toy")
 
 
 def test_counts_and_repetition_by_hand(found):
@@ -93,6 +95,19 @@ def test_tokens_of_a_model_are_counted_cut_and_unknown_ones_told(found):
     assert tokens["mean"] == pytest.approx(np.mean(lengths)) and tokens["captions_cut"] == sum(n > 4 for n in lengths)
     # dog and the, three times; cat in three; the, cat, red, mat; two; one, cat
     assert tokens["unknown"] == 6 + 3 + 4 + 1 + 2 and tokens["unknown_share"] == pytest.approx(16 / sum(lengths))
+
+
+def test_tokens_by_language_without_the_rest_of_explore(shards, found):
+    tokens = ModelTokens("words", lambda captions: [[len(w) for w in c.split()] for c in captions], 3, 5, extra=1)
+    asked = []
+    counts = tokens_of_shards(shards, lambda lang: asked.append(lang) or tokens)
+    assert counts == {lang: found["captions"][lang]["tokens"] for lang in ("en", "ja")} and sorted(asked) == [
+        "en",
+        "ja",
+    ]
+    assert counts["en"]["captions"] == 12 and counts["en"]["tokens"] == 48
+    assert token_line(counts["en"]) == "4 of 12 captions cut at 5 tokens; 48 tokens, 33.33% of them unknown"
+    assert "the tokeniser knows all of them" in token_line({**counts["en"], "unknown_share": None})
 
 
 def test_leaks_are_told_and_stop_nothing(found):
@@ -180,16 +195,16 @@ def test_random_pictures_are_of_all_splits_by_the_seed(shards):
 
 def test_a_histogram_counts_every_value():
     for values in ([1, 1, 2, 9], list(range(500)), [0.5, 0.25], [7], np.array([0.1] * 3)):
-        histogram = module._histogram(values)
-        assert sum(histogram["counts"]) == len(values) and len(histogram["edges"]) == len(histogram["counts"]) + 1
-        assert bars(histogram, "x").count("<rect") == len(histogram["counts"])
-    assert bars(module._histogram([]), "x") == ""
+        counted = histogram(values)
+        assert sum(counted["counts"]) == len(values) and len(counted["edges"]) == len(counted["counts"]) + 1
+        assert bars(counted, "x").count("<rect") == len(counted["counts"])
+    assert bars(histogram([]), "x") == ""
 
 
 def test_clip_scores_in_the_shards_get_a_histogram(found, shards):
     own = {
         **found["captions"]["en"],
-        "clip_scores": {**module._spread([0.2, 0.3]), "histogram": module._histogram([0.2, 0.3])},
+        "clip_scores": {**spread([0.2, 0.3]), "histogram": histogram([0.2, 0.3])},
     }
     text = render({**found, "captions": {"en": own}}, [], "x")
     assert "0.200 to 0.300" in text and "captions by CLIPScore" in text

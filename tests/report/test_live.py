@@ -31,14 +31,17 @@ def test_plain_says_phases_ends_and_totals_and_nothing_twice(trials):
     progress.trials(snapshot(running))
     progress.trials(snapshot(running))
     now[0] = 4
-    progress.trials(snapshot(trials, notes=["pack-0: restarted"]))
-    progress.trials(snapshot(trials, notes=["pack-0: restarted"]))
+    tokens = {"val": {"captions": 9, "captions_cut": 2, "limit": 7, "tokens": 40, "unknown_share": 0.05}}
+    for _ in range(2):
+        progress.trials(snapshot(trials, notes=["pack-0: restarted"], tokens=tokens))
     now[0] = 11
     progress.trials(snapshot(trials, notes=["pack-0: restarted"]))
     progress.done("all done")
     lines = out.getvalue().splitlines()
     assert lines[0] == "[0:00] prepare: images"
     assert sum("restarted" in line for line in lines) == 1
+    (cut,) = [line for line in lines if "captions cut" in line]
+    assert cut.endswith("val: 2 of 9 captions cut at 7 tokens; 40 tokens, 5.00% of them unknown")
     for trial in trials:
         said = [line for line in lines if f" {trial['trial_id']} {trial['state']}" in line]
         assert len(said) == 1 and sci(trial["lr"]) in said[0]

@@ -239,3 +239,11 @@ def test_the_estimate_of_what_is_left_thins_out(trials):
     halved = Board(trials[:1], rungs=[10, 30, 90], slots=1, packs=1, thinning=2.0)
     assert full.snapshot()["steps_left"] == 90
     assert halved.snapshot()["steps_left"] == 10 + 20 / 2 + 60 / 4
+
+
+def test_what_the_tokeniser_made_of_each_split_reaches_the_driver(board):
+    board.register("pack-0", "n", 1, report())
+    assert board.snapshot()["tokens"] == {}
+    board.exchange("pack-0", "n", {**report(), "tokens": {"val": {"captions": 3}}})
+    board.exchange("pack-0", "n", {**report(), "tokens": {"val": {"captions": 3}, "train": {"captions": 9}}})
+    assert board.snapshot()["tokens"] == {"val": {"captions": 3}, "train": {"captions": 9}}
