@@ -133,13 +133,21 @@ class _Run:
         return shards
 
     def _sweep(self, shards: Shards, resume: bool) -> Any:
+        from raycap.tune.space import sweep_trials
         from raycap.tune.sweep import run_sweep
 
         self.progress.phase("sweep", f"{self.config.tune.trials} trials, {self.config.tune.slots} slots a pack")
         with self.ledger.phase("sweep"):
             found = run_sweep(self.config, self.folder, shards.folder, resume=resume, on_progress=self.progress.trials)
             together = separation(self.config, shards, found).get("together", [])
-        self.ledger.write_trials([{**t.to_dict(), "not_separable": t.trial_id in together} for t in found.trials])
+        # With all that a space can vary, not only what trials.csv has a column for: the report shows the effect of each.
+        specs = {spec.trial_id: spec.to_dict() for spec in sweep_trials(self.config)}
+        self.ledger.write_trials(
+            [
+                {**specs.get(t.trial_id, {}), **t.to_dict(), "not_separable": t.trial_id in together}
+                for t in found.trials
+            ]
+        )
         self.facts.update(best_trial=found.best, pids=found.pids, notes=found.notes)
         if found.tokens:
             self.facts["data"]["tokens"] = found.tokens
@@ -320,7 +328,10 @@ class _Run:
     def _finish(self, status: str, **more: Any) -> None:
         if (self.folder / "run.json").exists():
             return
+        from raycap.report.provenance import weights_bytes
+
         self.memory.sample()
+        self.facts["weights_bytes"] = weights_bytes(self.folder, self.config.to_dict())
         self.ledger.finish(status, peak_memory_bytes=self.memory.peak_bytes, **{**self.facts, **more})
 
     @contextmanager

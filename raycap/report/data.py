@@ -5,30 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from raycap.files import read_json, write_atomic, write_json
+from raycap.report.pictures import PROMOTED, Picture, pictures_of, read_pictures
+from raycap.report.provenance import weights_bytes
+from raycap.report.rungs import reference_of
 from raycap.report.runs import Run
 from raycap.report.tokens import token_line
-
-PICTURES = "plots/pictures.json"
-PICTURE_COUNT = 12
-WORST = "worst-trial"
-"""Variant under which the worst trial's captions of the shown pictures are kept; never scored."""
-WINNERS = ("merged", "merged-nf4", "adapter")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
-    """One test picture with what was said about it."""
-
-    image_id: str
-    image: bytes
-    """The file's bytes: PNG or JPEG, shown as they are, so a few tens of kB at most."""
-    references: list[str]
-    captions: dict[str, str]
-    """Who says -> what. Expected: "zero-shot", "winner" and "worst trial"; others are shown as they are named."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +30,14 @@ class ReportData:
     select_by: str = "cider"
     steps: int = 0
     """A trial's full budget."""
+    batch: int = 0
+    """Images of an optimiser step."""
+    eta: int = 0
     lang: str = "en"
     best_trial: str = ""
     worst_trial: str = ""
+    space: tuple[str, ...] = ()
+    """Settings that the sweep varied, as `tune.space` names them; empty where that is not known."""
     trials: list[dict[str, Any]] = field(default_factory=list)
     """TrialRecord.to_dict() of each."""
     metrics: dict[str, dict[str, dict[str, dict[str, Any]]]] = field(default_factory=dict)
@@ -58,12 +46,22 @@ class ReportData:
     """Paired bootstraps, {"split", "metric", "variant", "against", "difference", "low", "high", "p", "images",
     "sentence"} each. `variant` and `against` are variants or trial ids; the difference is variant - against.
     """
+    separation: dict[str, Any] = field(default_factory=dict)
+    """The trials that cannot be told apart from the best: best, together [ids], p {id: p}, split, images."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The verdict on settings over other seeds, where `tune.confirm_seeds` asked for it (raycap/pipeline/confirm.py)."""
+    reference: dict[str, Any] | None = None
+    """What a sweep without pruning says of the rungs (raycap/report/rungs.py)."""
     gate: dict[str, Any] | None = None
     """gate.json."""
     pictures: list[Picture] = field(default_factory=list)
+    collapse: dict[str, Any] = field(default_factory=dict)
+    """Signs of collapse of each variant on test."""
     seconds: float = 0.0
     seconds_by_phase: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    weights_bytes: dict[str, int] = field(default_factory=dict)
+    """Variant -> size of its weights as they are stored."""
     device: str = ""
     data: dict[str, Any] = field(default_factory=dict)
     """Facts of the data in the order to show: counts, what was dropped, hashes."""
@@ -77,10 +75,11 @@ class ReportData:
 def report_data(run: Run) -> ReportData:
     """The report of a run folder, from its files alone."""
     entry, config = run.entry, run.config
-    train, model, data = (config.get(s, {}) for s in ("train", "model", "data"))
+    train, model, data, tune = (config.get(s, {}) for s in ("train", "model", "data", "tune"))
     facts = {k: v for k, v in entry.get("data", {}).items() if k != "folder"}  # a cache's path tells a reader nothing
     if tokens := facts.get("tokens"):
         facts["tokens"] = "; ".join(f"{split}: {token_line(counts)}" for split, counts in tokens.items())
+    told = entry.get("verdicts") or {}
     values: dict[str, Any] = {
         "name": run.name,
         "status": run.status,
@@ -91,17 +90,25 @@ def report_data(run: Run) -> ReportData:
         "seed": config.get("run", {}).get("seed", 0),
         "select_by": train.get("select_by", "cider"),
         "steps": train.get("steps", 0),
+        "batch": train.get("batch", 0),
+        "eta": tune.get("eta", 0) if tune.get("scheduler", "asha") == "asha" else 0,
         "lang": config.get("evaluate", {}).get("lang", "en"),
         "best_trial": entry.get("best_trial", ""),
         "worst_trial": entry.get("worst_trial") or worst_trial(run.trials),
+        "space": tuple(tune.get("space") or ()),
         "trials": run.trials,
         "metrics": run.metrics,
-        "verdicts": verdict_list(entry.get("verdicts") or {}),
+        "verdicts": verdict_list(told),
+        "separation": told.get("separation", {}) if isinstance(told, Mapping) else {},
+        "settings": told.get("settings", {}) if isinstance(told, Mapping) else {},
+        "reference": reference_of(run),
         "gate": run.gate,
-        "pictures": read_pictures(run.folder) or pictures_from_shards(run),
+        "pictures": read_pictures(run.folder) or pictures_of(run),
+        "collapse": entry.get("collapse", {}),
         "seconds": entry.get("seconds", 0.0),
         "seconds_by_phase": entry.get("seconds_by_phase", {}),
         "peak_memory_bytes": entry.get("peak_memory_bytes", 0),
+        "weights_bytes": entry.get("weights_bytes") or weights_bytes(run.folder, config),
         "device": entry.get("device", ""),
         "data": {"source": data.get("source", ""), **facts, "sha256": entry.get("data_sha256", "")},
         "base": {"model": model.get("path", ""), "family": model.get("family", ""),
@@ -180,86 +187,9 @@ def worst_trial(trials: Sequence[Mapping[str, Any]]) -> str:
     return min(scored, key=lambda t: t["cider"])["trial_id"] if scored else ""
 
 
-def write_pictures(folder: Path | str, pictures: Sequence[Picture]) -> Path:
-    """plots/pictures/ and the list of them, so that the report can be made again without the data."""
-    folder = Path(folder)
-    rows = []
-    for n, picture in enumerate(pictures):
-        file = f"plots/pictures/{n:02d}.{'jpg' if picture.image[:2] == bytes((0xFF, 0xD8)) else 'png'}"
-        write_atomic(folder / file, picture.image)
-        rows.append({"image_id": picture.image_id, "file": file, "references": picture.references,
-                     "captions": picture.captions})  # fmt: skip
-    return write_json(folder / PICTURES, rows)
-
-
-def read_pictures(folder: Path | str) -> list[Picture]:
-    folder = Path(folder)
-    if not (folder / PICTURES).is_file():
-        return []
-    return [
-        Picture(
-            image_id=row["image_id"],
-            image=(folder / row["file"]).read_bytes(),
-            references=row["references"],
-            captions=row["captions"],
-        )
-        for row in read_json(folder / PICTURES)
-        if (folder / row["file"]).is_file()
-    ]
-
-
-def pictures_from_shards(run: Run, split: str = "test") -> list[Picture]:
-    """The pictures that the worst trial captioned too, else the first of the split, read from the run's shards.
-
-    Empty when the shards are not on this machine any more.
-    """
-    from raycap.data.parquet import is_shards_folder, open_shards
-
-    folder = Path(run.entry.get("data", {}).get("folder") or "-")
-    said = {v: {r["image_id"]: r for r in run.predictions(split, v)} for v in run.variants(split)}
-    winner = next((v for v in ("served", *WINNERS) if v in said), None)
-    if winner is None or not is_shards_folder(folder):
-        return []
-    shown = list(said.get(WORST) or said[winner])[:PICTURE_COUNT]
-    speakers = {"zero-shot": said.get("zero-shot", {}), "winner": said[winner], "worst trial": said.get(WORST, {})}
-    images: dict[str, bytes] = {}
-    for row in open_shards(folder).iter_rows(split, ("image_id", "image")):
-        if row["image_id"] in shown:
-            images[row["image_id"]] = thumbnail(row["image"]["bytes"])
-            if len(images) == len(shown):
-                break
-    return [
-        Picture(
-            image_id=i,
-            image=images[i],
-            references=list(said[winner][i]["references"]),
-            captions={who: rows[i]["caption"] for who, rows in speakers.items() if i in rows},
-        )
-        for i in shown
-        if i in images and i in said[winner]
-    ]
-
-
-def thumbnail(image: bytes, longest_px: int = 320) -> bytes:
-    """An encoded picture small enough for a report: as it is when it fits, else a JPEG."""
-    import io
-
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(image)) as opened:
-        if max(opened.size) <= longest_px and opened.format in ("PNG", "JPEG") and len(image) < 100_000:
-            return image
-        small = ImageOps.exif_transpose(opened).convert("RGB")
-    small.thumbnail((longest_px, longest_px))
-    out = io.BytesIO()
-    small.save(out, "JPEG", quality=85)
-    return out.getvalue()
-
-
 def _verdict(verdicts: Sequence[Mapping[str, Any]], *, against: Sequence[str], split: str) -> Mapping[str, Any] | None:
-    order = ("served", *WINNERS)
     found = [
         v for v in verdicts if v["against"] in against and v["split"] == split and v.get("metric", "cider") == "cider"
     ]
-    found.sort(key=lambda v: order.index(v["variant"]) if v["variant"] in order else len(order))
+    found.sort(key=lambda v: PROMOTED.index(v["variant"]) if v["variant"] in PROMOTED else len(PROMOTED))
     return found[0] if found else None

@@ -10,9 +10,9 @@ from typing import Any
 
 import raycap
 from raycap.data.parquet import Shards
-from raycap.report.data import thumbnail
 from raycap.report.explore import PICTURES, table
 from raycap.report.page import page
+from raycap.report.pictures import thumbnail
 from raycap.report.tables import pairs, scrolled
 
 LIKENESS = {

@@ -24,6 +24,8 @@ h1 .pill{vertical-align:middle;margin-left:.5rem;letter-spacing:0}
 .lead{font-size:1.28rem;line-height:1.45;max-width:46rem;margin:14px 0 26px;text-wrap:pretty}
 h2{font-size:1.15rem;margin:52px 0 4px;letter-spacing:-.005em}
 h3{font-size:.95rem;margin:0 0 6px}
+h3.gap{margin-top:30px}
+.figures.gap{margin-top:22px}
 .note{color:var(--muted);font-size:.9rem;margin:0 0 14px;max-width:46rem}
 a{color:var(--accent)}
 nav{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:.9rem;padding:10px 0;
@@ -65,8 +67,11 @@ td.note{max-width:none;margin:0;white-space:normal;min-width:11rem;color:var(--m
 .nb{white-space:nowrap}
 .se{color:var(--muted);font-size:.85em}
 span.se.below{display:block;line-height:1.3}
-.meter{display:inline-block;width:60px;height:6px;border-radius:3px;background:var(--line);margin-right:10px;
-vertical-align:middle;overflow:hidden}
+.meter{display:inline-block;position:relative;width:60px;height:6px;border-radius:3px;background:var(--line);
+margin-right:10px;vertical-align:middle}
+.meter b{position:absolute;top:2px;height:2px;background:var(--ink);opacity:.75}
+tr.near>th[scope=row]{box-shadow:inset 4px 0 0 var(--accent)}
+.pill.near{background:var(--accent-soft);color:var(--ink)}
 .meter i{display:block;height:100%;background:var(--finished);border-radius:3px}
 .win .meter i{background:var(--accent)}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,240px),1fr));gap:18px 26px}
@@ -92,6 +97,9 @@ grid-template-columns:104px 1fr;gap:14px;min-width:0}
 .card dd{color:var(--muted)}
 .card dd.w,.card dd.r{color:var(--ink)}
 .card dt.w{color:var(--accent);font-weight:600}
+.card ul{margin:4px 0 0;padding-left:1.1em}
+.card details{margin:2px 0 0}
+.card summary{font-size:.74rem;padding:0}
 .card dd.none{color:var(--muted);font-style:italic}
 .stack{display:flex;height:22px;border-radius:6px;overflow:hidden;margin:0 0 14px;gap:2px}
 .stack i{display:block;min-width:2px}
@@ -110,7 +118,7 @@ footer{color:var(--muted);font-size:.85rem;padding-top:40px;padding-bottom:48px}
 padding-right:16px}header{padding-top:26px}h1{font-size:1.5rem}
 .lead{font-size:1.1rem}h2{margin-top:40px}th,td{padding:6px 9px}.facts{grid-template-columns:1fr 1fr}
 .facts dd{font-size:1.1rem}.facts div:last-child:nth-child(odd){grid-column:1/-1}
-tbody th small{display:none}.meter{width:44px;margin-right:7px}.tall{max-height:30rem}}
+tbody th{white-space:normal;min-width:6rem}tbody th small{display:none}.meter{width:44px;margin-right:7px}.tall{max-height:30rem}}
 @media print{.tall{max-height:none}nav{display:none}.scroll{overflow:visible}.card,figure,tr{break-inside:avoid}}
 """
 

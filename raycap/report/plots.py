@@ -21,24 +21,9 @@ THEME = {
     FINISHED: "var(--finished)", STOPPED: "var(--stopped)", BAD: "var(--bad)",
 }  # fmt: skip
 """Colour in the file -> colour on the page."""
-CURVE_IN, EFFECT_IN = (4.5, 2.6), (2.9, 2.4)
+CURVE_IN = (4.5, 2.6)
 MANY = 40
 """Trials from which lines and dots get thinner."""
-SETTINGS = {"lr": "learning rate", "rank": "rank", "scale": "scale (alpha / rank)", "dropout": "dropout"}
-
-
-def figures(data: ReportData) -> dict[str, tuple[str, str]]:
-    """Name -> (caption, SVG). What was not varied or not measured has no figure."""
-    drawn: dict[str, tuple[str, str]] = {}
-    if any(_points(t, "cider") for t in data.trials):
-        drawn["cider-by-step"] = ("Validation CIDEr at the rungs", curves(data, "cider", "CIDEr"))
-    if any(_points(t, "val_loss") for t in data.trials):
-        drawn["val-loss-by-step"] = ("Validation loss at the rungs", curves(data, "val_loss", "loss per token"))
-    for key, label in SETTINGS.items():
-        scored = [t for t in data.trials if _known(t.get("cider"))]
-        if len({t.get(key) for t in scored}) > 1:
-            drawn[f"cider-by-{key}"] = (f"CIDEr by {label}", effect(data, key, label))
-    return drawn
 
 
 def write_plots(folder: Path | str, drawn: Mapping[str, tuple[str, str]]) -> list[Path]:
@@ -46,22 +31,22 @@ def write_plots(folder: Path | str, drawn: Mapping[str, tuple[str, str]]) -> lis
     return [write_atomic(Path(folder) / "plots" / f"{name}.svg", svg) for name, (_, svg) in drawn.items()]
 
 
-def curves(data: ReportData, key: str, label: str) -> str:
+def curves(data: ReportData, key: str, label: str) -> Callable[[Any], None]:
     """One line a trial over its rungs; the winner's in front."""
 
     def draw(axes: Any) -> None:
         thin = len(data.trials) > MANY
         for trial in sorted(data.trials, key=lambda t: _layer(data, t)):
-            points = _points(trial, key)
+            points = points_of(trial, key)
             if not points:
                 continue
             best, colour = trial["trial_id"] == data.best_trial, _colour(data, trial)
             width = 2.2 if best else 0.6 if thin else 1.2
             dot = 3.5 if best else 0 if thin and len(points) > 1 else 2.2
             steps, values = zip(*points)
-            axes.plot(steps, values, color=colour, linewidth=width, marker="o", markersize=dot or 1.2, gid=_gid(trial))
-            spread = [point.get(f"{key}_se") for point in trial["curve"] if _known(point.get(key))]
-            if best and all(_known(s) for s in spread):
+            axes.plot(steps, values, color=colour, linewidth=width, marker="o", markersize=dot or 1.2, gid=gid(trial))
+            spread = [point.get(f"{key}_se") for point in trial["curve"] if known(point.get(key))]
+            if best and all(known(s) for s in spread):
                 low, high = (
                     [v - 1.96 * s for v, s in zip(values, spread)],
                     [v + 1.96 * s for v, s in zip(values, spread)],
@@ -69,53 +54,12 @@ def curves(data: ReportData, key: str, label: str) -> str:
                 axes.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0)
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(label)
-        ticks = sorted({int(s) for t in data.trials for s, _ in _points(t, key)})
-        if 1 < len(ticks) <= 6:
+        rungs = sorted({int(s) for t in data.trials for s, _ in points_of(t, key)})
+        if 1 < len(rungs) <= 6:
             axes.set_xscale("log")
-            _ticks(axes, ticks, lambda value: f"{value:,.0f}")
+            ticks(axes, rungs, lambda value: f"{value:,.0f}")
 
-    return _figure(draw, data, CURVE_IN)
-
-
-def effect(data: ReportData, key: str, label: str) -> str:
-    """A dot a trial: its setting against its CIDEr, hollow where it was stopped and so scored at an earlier rung."""
-
-    def draw(axes: Any) -> None:
-        size = 12 if len(data.trials) > MANY else 26
-        for trial in sorted(data.trials, key=lambda t: _layer(data, t)):
-            if not _known(trial.get("cider")) or not _known(trial.get(key)):
-                continue
-            colour, best = _colour(data, trial), trial["trial_id"] == data.best_trial
-            full = trial["state"] == "finished"
-            axes.scatter(
-                [trial[key]],
-                [trial["cider"]],
-                s=size * (2 if best else 1),
-                facecolors=colour if full else "none",
-                edgecolors=colour if full or trial["state"] != "stopped" else MUTED,
-                linewidths=1.0,
-                gid=_gid(trial),
-                zorder=3 if best else 2,
-            )
-        values = sorted({t[key] for t in data.trials if _known(t.get(key)) and _known(t.get("cider"))})
-        if key == "lr":
-            axes.set_xscale("log")
-            low, high = math.floor(math.log10(values[0])), math.ceil(math.log10(values[-1]))
-            _ticks(axes, [10.0**e for e in range(low, high + 1)], sci)
-            axes.set_xlim(values[0] / 1.3, values[-1] * 1.3)
-        else:
-            if key in ("rank", "scale") and values[0] > 0:
-                axes.set_xscale("log", base=2)
-                axes.set_xlim(values[0] / 1.4, values[-1] * 1.4)
-            else:
-                gap = (values[-1] - values[0]) * 0.15
-                axes.set_xlim(values[0] - gap, values[-1] + gap)
-            if len(values) <= 6:
-                _ticks(axes, values, lambda value: f"{value:g}")
-        axes.set_xlabel(label)
-        axes.set_ylabel("CIDEr")
-
-    return _figure(draw, data, EFFECT_IN)
+    return draw
 
 
 def for_page(svg: str, label: str) -> str:
@@ -129,13 +73,23 @@ def for_page(svg: str, label: str) -> str:
     return f'{head} role="img" aria-label="{html.escape(label, quote=True)}">{rest}'
 
 
-def _figure(draw: Callable[[Any], None], data: ReportData, size_in: tuple[float, float]) -> str:
-    return _with_titles(figure(draw, size_in), data)
-
-
 def figure(draw: Callable[[Any], None], size_in: tuple[float, float]) -> str:
     """The SVG of what `draw` puts on a pair of axes, in the palette and without a window system."""
+    out = io.BytesIO()
+    _draw(draw, size_in, out, "svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: sans-serif", out.getvalue().decode())
+
+
+def png(draw: Callable[[Any], None], size_in: tuple[float, float]) -> bytes:
+    """The same as a picture for slides and papers: on white, 200 dots an inch."""
+    out = io.BytesIO()
+    _draw(draw, size_in, out, "png", dpi=200, facecolor="#ffffff", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _draw(draw: Callable[[Any], None], size_in: tuple[float, float], out: io.BytesIO, kind: str, **how: Any) -> None:
     import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -149,19 +103,17 @@ def figure(draw: Callable[[Any], None], size_in: tuple[float, float]) -> str:
     with mpl.rc_context(look):
         # The canvas by hand and no pyplot: pyplot holds figures in a global and picks a window system.
         sheet = Figure(figsize=size_in, layout="constrained")
-        FigureCanvasSVG(sheet)
+        (FigureCanvasSVG if kind == "svg" else FigureCanvasAgg)(sheet)
         axes = sheet.add_subplot()
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", visible=False)
         draw(axes)
-        out = io.StringIO()
-        sheet.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: sans-serif", out.getvalue())
+        sheet.savefig(out, format=kind, **how)
 
 
-def _with_titles(svg: str, data: ReportData) -> str:
+def with_titles(svg: str, data: ReportData) -> str:
     """A group per trial gets the trial's facts as its tooltip, and its id as data: ids repeat from figure to figure."""
     facts = {t["trial_id"]: t for t in data.trials}
 
@@ -176,22 +128,22 @@ def _with_titles(svg: str, data: ReportData) -> str:
     return re.sub(r'<g id="trial-([^"]+)">', titled, svg)
 
 
-def _gid(trial: Mapping[str, Any]) -> str:
+def gid(trial: Mapping[str, Any]) -> str:
     return f"trial-{trial['trial_id']}"
 
 
-def _ticks(axes: Any, values: Sequence[float], text: Callable[[float], str]) -> None:
+def ticks(axes: Any, values: Sequence[float], text: Callable[[float], str]) -> None:
     from matplotlib.ticker import NullLocator
 
     axes.set_xticks(list(values), [text(v) for v in values])
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _points(trial: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
-    return [(p["step"], p[key]) for p in trial.get("curve", []) if _known(p.get(key))]
+def points_of(trial: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
+    return [(p["step"], p[key]) for p in trial.get("curve", []) if known(p.get(key))]
 
 
-def _known(value: Any) -> bool:
+def known(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 import subprocess
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import raycap
 
@@ -40,6 +41,27 @@ def commit() -> tuple[str, bool]:
     revision = _git(package, "rev-parse", "HEAD")
     changes = _git(package, "status", "--porcelain", "--untracked-files=no")
     return revision or "", bool(changes)
+
+
+def weights_bytes(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
+    """Variant -> bytes of its weights as a run folder stores them; what is not there is left out.
+
+    The base of a run that quantises to NF4 is as large as the winner quantised again (the same modules are), else as the
+    merged winner; the adapter comes on top of it.
+    """
+
+    def stored(name: str) -> int:
+        return sum(f.stat().st_size for f in (folder / "best" / name).glob("*.safetensors"))
+
+    found = {name: size for name in ("merged", "merged-nf4") if (size := stored(name))}
+    like = {"nf4": "merged-nf4", "none": "merged"}.get(config.get("model", {}).get("quantisation", ""), "")
+    if like in found:
+        found["zero-shot"] = found[like]
+        if adapter := stored("adapter"):
+            found["adapter"] = found[like] + adapter
+    if (promoted := config.get("export", {}).get("promote", "")) in found:
+        found["served"] = found[promoted]
+    return found
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

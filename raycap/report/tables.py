@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -38,18 +39,24 @@ def scores(data: ReportData) -> str:
         names = [m for m in METRIC_NAMES if m in known and m != "cider"] + sorted(known - set(METRIC_NAMES))
         verdicts = {v["variant"]: v for v in data.verdicts if _against_start(v, split)}
         top = max((score_of(data, split, v, "cider") or 0.0 for v in variants), default=0.0)
+        weighed = split == "test" and bool(data.weights_bytes)
         # CIDEr first: it picks the winner, and on a phone it is what fits beside the name.
         head = '<th class="l">variant</th>' + ("<th>CIDEr</th>" if "cider" in known else "")
         head += "<th>against zero-shot</th>" if verdicts else ""
         head += "".join(f"<th>{escape(METRIC_NAMES.get(m, m))}</th>" for m in names)
+        head += "<th>weights</th>" if weighed else ""
         rows = []
         for variant in variants:
             found = data.metrics[split][variant]
             cells = _score_cell(found.get("cider"), "cider", top) if "cider" in known else ""
             cells += f"<td>{_interval(verdicts.get(variant))}</td>" if verdicts else ""
             cells += "".join(_score_cell(found.get(m), m, top) for m in names)
+            if weighed:
+                cells += f"<td>{size(data.weights_bytes[variant]) if variant in data.weights_bytes else ''}</td>"
             mark = ' class="win"' if variant == top_score(data)[0] and split == "test" else ""
-            rows.append(f"<tr{mark}>{_named(variant, VARIANT_NOTES.get(variant, ''))}{cells}</tr>")
+            fallen = (data.collapse.get(variant) or {}) if split == "test" and variant != "constant" else {}
+            tag = ' <span class="pill warn">collapsed</span>' if fallen.get("collapsed") else ""
+            rows.append(f"<tr{mark}>{named(variant, VARIANT_NOTES.get(variant, ''), tag)}{cells}</tr>")
         images = next((v["images"] for v in verdicts.values() if v.get("images")), None)
         images = images or (data.data.get("counts") or {}).get(split)
         title = f"{escape(split)}{f', {images:,} images' if images else ''}"
@@ -58,14 +65,7 @@ def scores(data: ReportData) -> str:
         return ""
     note = ("The winner meets the test split once, beside the base it started from and the floor that any captioner "
             "has to clear. Intervals are 95 %, from a bootstrap over pairs of captions of the same image.")  # fmt: skip
-    others = "".join(
-        f"<dt>{escape(v['variant'])} against {escape(v['against'])}, {escape(v['split'])}</dt>"
-        f"<dd>{escape(v['sentence'])}</dd>"
-        for v in data.verdicts
-        if v.get("sentence")
-    )
-    others = f"<details><summary>Verdicts in words</summary><dl class=kv>{others}</dl></details>" if others else ""
-    return f'<p class="note">{note}</p>' + '<div style="height:18px"></div>'.join(tables) + others
+    return f'<p class="note">{note}</p>' + '<div style="height:18px"></div>'.join(tables)
 
 
 def _against_start(verdict: Mapping[str, Any], split: str) -> bool:
@@ -94,7 +94,7 @@ def gate(data: ReportData) -> str:
             continue
         tag = ' <span class="pill">kept</span>' if name == kept else ""
         dropped = "" if drop is None else f"{drop:+.2%}"
-        rows.append(f"<tr>{_named(name, what, tag)}<td>{number(score, 4)}</td><td>{dropped}</td></tr>")
+        rows.append(f"<tr>{named(name, what, tag)}<td>{number(score, 4)}</td><td>{dropped}</td></tr>")
     look, verdict = ("good", "passed") if passed else ("bad", "not passed: nothing is served")
     pill = f'<span class="pill {look}">{verdict}</span>'
     metric = METRIC_NAMES.get(found["metric"], found["metric"])
@@ -109,7 +109,9 @@ def trials(data: ReportData) -> str:
     if not data.trials:
         return ""
     ordered = sorted(data.trials, key=lambda t: -(t["cider"] if _finite(t.get("cider")) else -1.0))
-    top = max((t["cider"] for t in ordered if _finite(t.get("cider"))), default=0.0)
+    # As wide as the best one's interval, so that no bar's end is cut.
+    top = max((t["cider"] + 1.96 * (t["cider_se"] if _finite(t.get("cider_se")) else 0.0) for t in ordered
+               if _finite(t.get("cider"))), default=0.0)  # fmt: skip
     columns = (
         *(("trial", "l", ""), ("state", "l", ""), ("CIDEr", "", "descending"), ("rank", "", ""), ("alpha", "", "")),
         *(("scale", "", ""), ("lr", "", ""), ("dropout", "", ""), ("steps", "", "descending"), ("val loss", "", "")),
@@ -123,7 +125,9 @@ def trials(data: ReportData) -> str:
     rows = [_trial_row(data, t, top) for t in ordered]
     states = ", ".join(f"{n} {s}" for s, n in Counter(t["state"] for t in data.trials).most_common())
     collapsed = sum(bool((t.get("collapse") or {}).get("collapsed")) for t in data.trials)
-    note = f"{states}. CIDEr ± its standard error on validation images, at each trial's best rung."
+    note = f"{states}. CIDEr ± its standard error on validation images, at each trial's best rung; the line on a bar is 95 %."
+    if len(data.separation.get("together") or ()) > 1:
+        note += " The bar at the left marks the trials that cannot be told apart from the best."
     if collapsed:
         note += f" {collapsed} collapsed: a few captions for all pictures, whatever the score says."
     tall = " tall" if len(rows) > 20 else ""
@@ -132,13 +136,16 @@ def trials(data: ReportData) -> str:
 
 def _trial_row(data: ReportData, t: Mapping[str, Any], top: float) -> str:
     best = t["trial_id"] == data.best_trial
+    together = bool(t.get("not_separable")) or t["trial_id"] in (data.separation.get("together") or ())
     pill = f'<span class="pill {STATE_LOOK.get(t["state"], "")}">{escape(t["state"])}</span>'
     collapse = t.get("collapse") or {}
     notes = []
     if best:
         notes.append('<span class="pill win">winner</span>')
-    elif t.get("not_separable"):
-        notes.append('<span class="pill">not separable from the best</span>')
+    elif together:
+        p = (data.separation.get("p") or {}).get(t["trial_id"])
+        told = f" (max-T p {number(p)})" if _finite(p) else ""
+        notes.append(f'<span class="pill near">not separable from the best{told}</span>')
     if t["trial_id"] == "default":
         notes.append("the preset's own settings, never pruned")
     if t["trial_id"] == data.worst_trial and len(data.trials) > 1:
@@ -148,12 +155,14 @@ def _trial_row(data: ReportData, t: Mapping[str, Any], top: float) -> str:
         told = f": {share:.0%} distinct" if _finite(share) else ""
         notes.append(f'<span class="pill warn">collapsed{told}</span>')
     if t.get("reason"):
-        notes.append(escape(t["reason"]))
+        notes.append(f'<span title="{escape(t["reason"], quote=True)}">{escape(_short(t["reason"]))}</span>')
     cider = "–"
     if _finite(t.get("cider")):
         se = f' <span class="se">± {number(t["cider_se"])}</span>' if _finite(t.get("cider_se")) else ""
-        cider = _meter(t["cider"], top) + number(t["cider"]) + se
-    row = ' class="win"' if best else ' class="dim"' if t["state"] == "stopped" else ""
+        cider = _meter(t["cider"], top, t.get("cider_se")) + number(t["cider"]) + se
+    looks = ["win"] if best else ["dim"] if t["state"] == "stopped" else []
+    looks += ["near"] if together else []
+    row = f' class="{" ".join(looks)}"' if looks else ""
     cells = (
         (t.get("cider"), cider),
         (t["rank"], str(t["rank"])),
@@ -172,7 +181,13 @@ def _trial_row(data: ReportData, t: Mapping[str, Any], top: float) -> str:
     )
 
 
-def _named(name: str, note: str, tag: str = "") -> str:
+def _short(reason: str) -> str:
+    """A scheduler's reason without what other columns say; any other as it is."""
+    found = re.match(r"(?:cider|val_loss) \S+ (at step \d+): (place \d+ of \d+), one in \d+ goes on", reason)
+    return f"{found[2]} {found[1]}" if found else reason
+
+
+def named(name: str, note: str, tag: str = "") -> str:
     return f'<th scope="row">{escape(name)}{tag}<small>{escape(note)}</small></th>'
 
 
@@ -209,9 +224,17 @@ def _interval(verdict: Mapping[str, Any] | None) -> str:
     return f'{verdict["difference"]:+.3f} <span class="se below">[{verdict["low"]:.3f}, {verdict["high"]:.3f}]</span>'
 
 
-def _meter(value: float, top: float) -> str:
-    share = max(0.0, min(1.0, value / top)) if top > 0 else 0.0
-    return f'<span class="meter"><i style="width:{share:.1%}"></i></span>'
+def _meter(value: float, top: float, error: float | None = None) -> str:
+    """A bar; with a standard error also its 95 % interval, drawn over it."""
+
+    def share(of: float) -> float:
+        return max(0.0, min(1.0, of / top)) if top > 0 else 0.0
+
+    whisker = ""
+    if _finite(error) and error:
+        low, high = share(value - 1.96 * error), share(value + 1.96 * error)
+        whisker = f'<b style="left:{low:.1%};width:{high - low:.1%}"></b>'
+    return f'<span class="meter"><i style="width:{share(value):.1%}"></i>{whisker}</span>'
 
 
 def _cell(value: Any, text: str) -> str:

@@ -7,8 +7,8 @@ import io
 import pytest
 
 from raycap.config import load_config
-from raycap.report.data import Picture, write_pictures
 from raycap.report.ledger import Ledger
+from raycap.report.pictures import Picture, write_pictures
 
 GATE = {
     "split": "val", "metric": "cider", "adapter": 1.3, "merged": 1.28, "merged_dequantised": 1.29, "merged_nf4": 1.25,
@@ -85,7 +85,8 @@ def run_folder(config, trials):
         write_json(ledger.folder / "gate.json", GATE)
         write_pictures(ledger.folder, [
             Picture(image_id="a", image=png(), references=references["a"],
-                    captions={"zero-shot": "a & b", "winner": "赤い円 <script>", "worst trial": ""}),
+                    captions={"zero-shot": "a & b", "adapter": "赤い円 <script>", "served": "赤い円 <script>", "worst-trial": ""},
+                    kind="best", scores={"served": 1.234, "adapter": 1.234}),
         ])  # fmt: skip
         verdict = {"difference": 0.9012, "low": 0.8, "high": 1.0, "p": 0.0001, "sentence": "B is better"}
         verdicts = {"metric": "cider", "split": "test", "winner": "served", "zero-shot": verdict,

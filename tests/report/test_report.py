@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from raycap.report.data import ReportData, headline, report_data, thumbnail
+from raycap.report.data import ReportData, headline, report_data
 from raycap.report.html import render, write_report
 from raycap.report.livetable import number, sci
 from raycap.report.runs import load_run
@@ -97,7 +97,7 @@ def test_figures_take_the_pages_colours(report):
 
 def test_the_report_can_be_made_again_from_the_folder_alone(report, run_folder):
     assert write_report(run_folder).read_text(encoding="utf-8") == report
-    assert {p.name for p in (run_folder / "plots").glob("*.svg")} >= {"cider-by-step.svg", "cider-by-lr.svg"}
+    assert {p.name for p in (run_folder / "plots").glob("*.svg")} >= {"cider-by-step.svg", "effect-lr.svg"}
 
 
 def test_a_run_with_nothing_yet_still_has_a_page():
@@ -110,7 +110,7 @@ def test_any_number_of_trials(run_folder, trials, count):
     data = report_data(load_run(run_folder))
     many = [{**trials[n % 4], "trial_id": f"t{n:03d}"} for n in range(count)]
     text = render(dataclasses.replace(data, trials=many, best_trial="t000"))
-    assert len(re.findall(r'<th scope="row">t\d{3}', text)) == count
+    assert len(re.findall(r'<th scope="row">t\d{3}</th>', text)) == count
     assert len(text) < 3_000_000
 
 
@@ -135,16 +135,3 @@ def test_the_sentence_says_what_the_interval_says():
     )
     assert "not tested" in headline({"test": {"served": {"cider": {"score": 1.0}}}}, [])
     assert headline({}, []) == ""
-
-
-def test_large_pictures_are_made_small():
-    import io
-
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.effect_noise((900, 600), 80).save(out, "PNG")
-    small = thumbnail(out.getvalue())
-    with Image.open(io.BytesIO(small)) as image:
-        assert max(image.size) == 320 and image.format == "JPEG"
-    assert thumbnail(small) == small
