@@ -8,12 +8,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raycap.errors import RunError
+from raycap.errors import DataError, RunError
 
 
 def write_atomic(path: Path | str, data: str | bytes) -> Path:
@@ -57,6 +57,33 @@ def read_json(path: Path | str) -> Any:
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.strip()]
+
+
+def read_rows(path: Path | str, needed: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The objects of a JSONL file that a person may have written or edited, each with the keys `needed`.
+
+    Raises:
+        DataError: it cannot be read, or a line is no such object; the line is named.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} cannot be read: it is no text in UTF-8 ({error.reason})") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number} is not JSON: {error}") from error
+        lacking = [key for key in needed if key not in row] if isinstance(row, dict) else ["an object"]
+        if lacking:
+            raise DataError(f"{path}:{number} has no {lacking[0]}: expected {{{', '.join(needed)}}}, found {line:.100}")
+        rows.append(row)
+    return rows
 
 
 @contextmanager

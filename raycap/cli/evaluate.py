@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     config = config_for_model(model, run_folder, args.settings)
     from raycap.pipeline import evaluate
 
-    out = kept(args.out) if args.out else None
+    out = _out(args.out)
     if args.exclude and not args.exclude.is_file():
         raise UsageError(f"--exclude {args.exclude}: there is no such file")
     found = evaluate(
@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"{model} on {found['split']}, {found['images']:,} images")
     for name, scored in found["metrics"].items():
         print(f"  {name:<8} {scored['score']:.4f}   {scored['signature']}")
+    if found.get("collapse", {}).get("collapsed"):
+        print(f"! the captions look collapsed: {'; '.join(found['collapse']['reasons'])}")
     if excluded := found.get("excluded"):
         print(
             f"{excluded['images']} images are left out by {args.exclude}; with them, {excluded['whole']['images']:,} images:"
@@ -96,19 +98,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _out(text: str | None) -> Path | None:
+    """The folder of --out; a file there is told before anything is captioned."""
+    out = kept(text) if text else None
+    if out and out.exists() and not out.is_dir():
+        raise UsageError(f"--out {text}: a file has that name; give a folder")
+    return out
+
+
 def sets_table(rows: list[dict[str, Any]]) -> str:
     """Models by image sets, with what each needs; scores of different sets do not compare, those of a set do."""
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
-    heads = ["model", "images of", "images", "parameters", "memory", *names]
+    heads = ["model", "images of", "images", "parameters", "memory", *names, ""]
     cells = [heads]
     for row in rows:
         scores = [f"{row['metrics'][n]['score']:.3f}" if n in row["metrics"] else "" for n in names]
         parameters = f"{row['parameters'] / 1e6:,.1f} M" if row.get("parameters") else "?"
         memory = f"{row['peak_memory_bytes'] / 2**30:.1f} GiB"
-        cells.append([row["model"], row["source"], f"{row['images']:,}", parameters, memory, *scores])
+        cells.append([row["model"], row["source"], f"{row['images']:,}", parameters, memory, *scores, _marked(row)])
     widths = [max(len(line[n]) for line in cells) for n in range(len(heads))]
-    return "\n".join("  ".join(c.ljust(w) if n < 2 else c.rjust(w) for n, (c, w) in enumerate(zip(line, widths)))
-                     for line in cells)  # fmt: skip
+    return "\n".join(
+        "  ".join([c.ljust(w) if n < 2 else c.rjust(w) for n, (c, w) in enumerate(zip(line[:-1], widths))] + line[-1:])
+        .rstrip() for line in cells
+    )  # fmt: skip
+
+
+def _marked(row: dict[str, Any]) -> str:
+    """A mark beside captions that look as if nobody had looked at the pictures."""
+    told = row.get("collapse") or {}
+    return f"! {'; '.join(told['reasons'])}" if told.get("collapsed") else ""
 
 
 def run_grid(args: argparse.Namespace, model: Path, run_folder: Path | None) -> int:
@@ -122,7 +140,7 @@ def run_grid(args: argparse.Namespace, model: Path, run_folder: Path | None) -> 
     config = config_for_model(model, run_folder, [*args.settings, *settings])
     if not args.out and run_folder is None:
         raise UsageError("--grid writes a table, captions and plots: name a folder with --out")
-    out = kept(args.out) if args.out else run_folder / "grid" / args.split
+    out = _out(args.out) or run_folder / "grid" / args.split
     models = [model, *(model_folder(text, None)[0] for text in axes.get("models", ()))]
     wanted = cells(config, axes)
     from raycap.pipeline import evaluate_grid

@@ -125,6 +125,8 @@ def read_references(path: Path) -> tuple[dict[str, list[str]], list[str]]:
     for where, row in _rows(path, ("annotations",)):
         image = _field(row, "image_id", where)
         texts = row.get("captions", row.get("references", [row["caption"]] if "caption" in row else None))
+        if texts is None:
+            raise UsageError(f"{where} has no 'captions' and no 'caption'; {_keys(row)}")
         if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
             raise UsageError(f"{where}: 'captions' is {texts!r}, expected a list of texts")
         kept = [t for t in texts if t.strip()]
@@ -155,7 +157,7 @@ def find_pictures(folder: Path, ids: list[str], references: Path) -> dict[str, P
             stems.setdefault(str(int(digits)), path)
     named: dict[str, str] = {}
     if references.suffix == ".json":
-        whole = json.loads(references.read_text(encoding="utf-8"))
+        whole = json.loads(references.read_text(encoding="utf-8-sig"))
         rows = whole.get("images", []) if isinstance(whole, dict) else []
         named = {str(r["id"]): r["file_name"] for r in rows if isinstance(r, dict) and "id" in r and "file_name" in r}
     found = {i: files.get(named.get(i, i)) or stems.get(i) for i in ids}
@@ -171,16 +173,22 @@ def find_pictures(folder: Path, ids: list[str], references: Path) -> dict[str, P
 def _rows(path: Path, lists: Iterable[str]) -> Iterable[tuple[str, dict[str, Any]]]:
     """(place, row) of a JSONL file, a JSON list, or a JSON object with one of `lists`."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+        text = path.read_text(encoding="utf-8-sig")  # editors of some systems put a mark before the first line
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} cannot be read: it is no text in UTF-8 ({error.reason} at byte {error.start})"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     try:
         whole = json.loads(text)
     except json.JSONDecodeError:
         whole = None
     if isinstance(whole, dict):
-        whole = next((whole[k] for k in lists if isinstance(whole.get(k), list)), [whole])
-    if isinstance(whole, list):
+        whole = next((whole[k] for k in lists if isinstance(whole.get(k), list)), whole)
+    if isinstance(whole, dict):
+        placed = [(f"{path}:1", whole)]
+    elif isinstance(whole, list):
         placed = [(f"{path}, entry {n}", row) for n, row in enumerate(whole)]
     else:
         placed = []
@@ -197,7 +205,17 @@ def _rows(path: Path, lists: Iterable[str]) -> Iterable[tuple[str, dict[str, Any
 
 
 def _field(row: dict[str, Any], name: str, where: str) -> str:
-    value = row.get(name)
-    if value is None or isinstance(value, (dict, list)):
-        raise UsageError(f"{where}: '{name}' is {value!r}, expected text")
-    return str(value)
+    if name not in row:
+        swapped = ". Predictions come first, then references" if name == "caption" and "captions" in row else ""
+        raise UsageError(f"{where} has no '{name}'; {_keys(row)}{swapped}")
+    value = row[name]
+    if name == "image_id" and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(int(value) if float(value).is_integer() else value)  # a table with gaps writes 42 as 42.0
+    if not isinstance(value, str):
+        raise UsageError(f"{where}: '{name}' is {value!r:.80}, expected text")
+    return value
+
+
+def _keys(row: dict[str, Any]) -> str:
+    shown = [f"'{key}'" for key in list(row)[:SHOWN]]
+    return f"it has {', '.join(shown) or 'nothing'}{' ...' if len(row) > SHOWN else ''}"

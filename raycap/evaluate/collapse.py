@@ -19,12 +19,17 @@ LENGTH_RATIO = (1 / 3, 3.0)
 
 
 def collapse(
-    captions: Sequence[str], references: Sequence[Sequence[str]] | None = None, *, prompt: str = ""
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]] | None = None,
+    *,
+    prompt: str = "",
+    lang: str = "en",
 ) -> dict[str, Any]:
     """Shares between 0 and 1 over the captions, `collapsed`, and the `reasons` for it in words.
 
     `references` are in the order of `captions`; with them variety and length are set against what people wrote, so that
-    a set whose pictures are all alike is not flagged. `length_ratio` is None without them.
+    a set whose pictures are all alike is not flagged. `length_ratio` is None without them. Lengths and repetition are
+    counted in words, in Japanese in characters.
     """
     plain = [" ".join(caption.lower().split()) for caption in captions]
     count = len(plain)
@@ -36,19 +41,20 @@ def collapse(
         "top_caption": next((c for c, p in zip(captions, plain) if p == top), ""),
         "top_share": top_count / count if count else 0.0,
         "empty_share": _share(not p for p in plain),
-        "repetition_share": _share(repeats(p) for p in plain),
+        "repetition_share": _share(repeats(p, lang) for p in plain),
         "echo_share": _share(bool(start) and p.startswith(start) for p in plain),
         "length_ratio": None,
     }
-    variety, usual_top = 1.0, 0.0
+    variety, usual_top, usual_echo = 1.0, 0.0, 0.0
     if references:
-        ours = [len(p.split()) for p in plain]
-        theirs = [closest_length(n, [len(r.split()) for r in refs]) for n, refs in zip(ours, references) if refs]
+        ours = [len(_words(p, lang)) for p in plain]
+        theirs = [closest_length(n, [len(_words(r, lang)) for r in refs]) for n, refs in zip(ours, references) if refs]
         found["length_ratio"] = sum(ours) / max(sum(theirs), 1)
         first = Counter(" ".join(refs[0].lower().split()) for refs in references if refs)
         if first:
             variety = len(first) / first.total()
             usual_top = first.most_common(1)[0][1] / first.total()
+            usual_echo = sum(n for text, n in first.items() if start and text.startswith(start)) / first.total()
     reasons = []
     if count >= ENOUGH:
         if found["top_share"] > max(TOP_SHARE, 1.5 * usual_top):
@@ -59,7 +65,7 @@ def collapse(
         reasons.append(f"{found['empty_share']:.0%} are empty")
     if found["repetition_share"] > REPETITION_SHARE:
         reasons.append(f"{found['repetition_share']:.0%} repeat themselves")
-    if found["echo_share"] > ECHO_SHARE:
+    if found["echo_share"] > ECHO_SHARE + usual_echo:
         reasons.append(f"{found['echo_share']:.0%} begin with the prompt")
     ratio = found["length_ratio"]
     if count and ratio is not None and not LENGTH_RATIO[0] <= ratio <= LENGTH_RATIO[1]:
@@ -67,16 +73,24 @@ def collapse(
     return {**found, "collapsed": bool(reasons), "reasons": reasons}
 
 
-def repeats(caption: str) -> bool:
-    """A word three times running, or two to six words said twice running ("a man on a man on")."""
-    words = caption.split()
-    for size in range(1, 7):
-        times = 3 if size == 1 else 2
+def repeats(caption: str, lang: str = "en") -> bool:
+    """A word three times running, or two to six words said twice running ("a man on a man on").
+
+    In Japanese, where words double by nature (いろいろ), up to three characters three times, or four to twelve twice.
+    """
+    words = _words(caption, lang)
+    short, longest = (3, 12) if lang == "ja" else (1, 6)
+    for size in range(1, longest + 1):
+        times = 3 if size <= short else 2
         for at in range(len(words) - size * times + 1):
             block = words[at : at + size]
             if all(words[at + k * size : at + (k + 1) * size] == block for k in range(1, times)):
                 return True
     return False
+
+
+def _words(text: str, lang: str) -> list[str]:
+    return list("".join(text.split())) if lang == "ja" else text.split()
 
 
 def _share(flags: Any) -> float:
@@ -85,7 +99,11 @@ def _share(flags: Any) -> float:
 
 
 def flagged(
-    captions: Mapping[Any, str], references: Mapping[Any, Sequence[str]] | None = None, *, prompt: str = ""
+    captions: Mapping[Any, str],
+    references: Mapping[Any, Sequence[str]] | None = None,
+    *,
+    prompt: str = "",
+    lang: str = "en",
 ) -> list[dict[str, Any]]:
     """Captions that a person should look at: {"image_id", "caption", "references", "reasons", "exclude": True} each.
 
@@ -101,16 +119,16 @@ def flagged(
         reasons = []
         if not text:
             reasons.append("empty")
-        elif repeats(text):
+        elif repeats(text, lang):
             reasons.append("repeats itself")
         if start and text.startswith(start):
             reasons.append("begins with the prompt")
         if len(plain) >= ENOUGH and often[text] > TOP_SHARE * len(plain):
             reasons.append(f"said of {often[text]} of {len(plain)} images")
         own = list((references or {}).get(image, []))
-        length = len(text.split())
+        length = len(_words(text, lang))
         if own and text:
-            ratio = length / max(closest_length(length, [len(r.split()) for r in own]), 1)
+            ratio = length / max(closest_length(length, [len(_words(r, lang)) for r in own]), 1)
             if not LENGTH_RATIO[0] <= ratio <= LENGTH_RATIO[1]:
                 reasons.append(f"{ratio:.1f} times the length of its closest reference")
         if reasons:

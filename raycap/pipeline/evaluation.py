@@ -37,16 +37,16 @@ def evaluate(
     `zero_shot` has the base that `model.path` names do the same first. `exclude` is a reviewed file of flagged captions: its
     images are left out of the figures of the first set, beside which those of the whole set stand.
 
-    Returns: split, images, metrics {name: {score, signature}}, parameters, peak_memory_bytes; `excluded` {images, unknown,
-    whole {images, metrics}} with `exclude`; `sets`, a row {source, model, images, metrics, parameters, peak_memory_bytes} a
-    model and set, where there are several; predictions and flagged (files) where `out` was given.
+    Returns: split, images, metrics {name: {score, signature}}, collapse, parameters, peak_memory_bytes; `excluded` {images,
+    unknown, whole {images, metrics}} with `exclude`; `sets`, a row {source, model, images, metrics, collapse, parameters,
+    peak_memory_bytes} a model and set, where there are several; predictions and flagged (files) where `out` was given.
     """
     from raycap.evaluate.collapse import excluded
-    from raycap.files import read_jsonl, write_json
+    from raycap.files import read_rows, write_json
     from raycap.models import resolve_path
     from raycap.report.live import Progress
 
-    left_out = excluded(read_jsonl(exclude), str(exclude)) if exclude else set()
+    left_out = excluded(read_rows(exclude, ("image_id",)), str(exclude)) if exclude else set()
     phases = ("prepare", "serve", "score")
     with Progress(f"evaluate · {model}", plain=plain, phases=phases) as progress:
         progress.phase("prepare", f"images of '{config.data.source}'")
@@ -117,6 +117,7 @@ def _scored(
     left_out: Collection[str],
 ) -> dict[str, Any]:
     from raycap.evaluate import score
+    from raycap.evaluate.collapse import collapse
 
     references = shards.references(split)
     names = tuple(m for m in config.evaluate.metrics if m != "perplexity")
@@ -134,7 +135,14 @@ def _scored(
     kept = [i for i in captions if i not in left_out]
     if not kept:
         raise DataError(f"all {len(captions)} images of {split} are excluded: nothing is left to score")
-    row: dict[str, Any] = {"images": len(kept), "metrics": metrics(kept)}
+    lang = config.evaluate.lang
+    told = collapse(
+        list(captions.values()),
+        [references[i] for i in captions],
+        prompt=prompt_for(config.data.prompt, lang),
+        lang=lang,
+    )
+    row: dict[str, Any] = {"images": len(kept), "metrics": metrics(kept), "collapse": told}
     if left_out:
         row["excluded"] = {
             "images": len(captions) - len(kept),
@@ -163,7 +171,8 @@ def _written(
     references = shards.references(split)
     rows = [{"image_id": i, "caption": c, "references": references[i]} for i, c in captions.items()]
     found = {"predictions": str(write_jsonl(out / f"{prefix}{split}.jsonl", rows))}
-    odd = flagged(captions, references, prompt=prompt_for(config.data.prompt, config.evaluate.lang))
+    lang = config.evaluate.lang
+    odd = flagged(captions, references, prompt=prompt_for(config.data.prompt, lang), lang=lang)
     found["flagged"] = str(write_jsonl(out / f"{prefix}{split}.flagged.jsonl", odd))
     return found
 
@@ -190,7 +199,9 @@ def _open(config: Config, split: str, progress: Progress) -> Shards:
     from raycap.data.shards import open_shards, prepare_if_needed
 
     folder = prepare_if_needed(config, progress.count, prepare_tools(config))
-    return open_shards(folder).speaking(config.evaluate.lang, (split,))
+    shards = open_shards(folder).speaking(config.evaluate.lang, (split,))
+    shards.references(split)  # a split without rows is told before a server starts
+    return shards
 
 
 def _called(model: Path) -> str:

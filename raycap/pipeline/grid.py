@@ -39,6 +39,7 @@ def evaluate_grid(
         progress.phase("prepare", f"images of '{config.data.source}'")
         folder = prepare_if_needed(config, progress.count, prepare_tools(config))
         shards = open_shards(folder).speaking(config.evaluate.lang, (split,))
+        shards.references(split)  # a split without rows is told before a worker starts
         place = config.cache_dir / "captions"
         found: dict[str, dict[str, Any]] = {}
         with connect(config) as ray:
@@ -88,7 +89,10 @@ def grid_rows(
                 captions, references, config.evaluate.metrics, lang=config.evaluate.lang,
                 images=images, clip=config.evaluate.clip,
             )  # fmt: skip
-            told = detect_collapse(list(captions.values()), [references[i] for i in captions], prompt=cell.prompt)
+            told = detect_collapse(
+                list(captions.values()), [references[i] for i in captions],
+                prompt=cell.prompt, lang=config.evaluate.lang,
+            )  # fmt: skip
             rows.append({
                 "model": model, "prompt": cell.prompt_name, "prompt_text": cell.prompt, "decode": cell.decode_name,
                 "seed": cell.seed, "images": len(captions),

@@ -301,7 +301,9 @@ class _Run:
         prompt = prompt_for(self.config.data.prompt, self.config.evaluate.lang)
         for split, variants in captions.items():
             said = variants.get("served") or variants.get("adapter")
-            rows = flagged(said, shards.references(split), prompt=prompt) if said else []
+            rows = (
+                flagged(said, shards.references(split), prompt=prompt, lang=self.config.evaluate.lang) if said else []
+            )
             if rows:
                 write_jsonl(self.folder / "review" / f"{split}.jsonl", rows)
             self.facts.setdefault("flagged", {})[split] = len(rows)
@@ -309,9 +311,10 @@ class _Run:
     def _collapse(self, shards: Shards, captions: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
         from raycap.evaluate.collapse import collapse
 
-        references = shards.references("test")
+        references, lang = shards.references("test"), self.config.evaluate.lang
+        prompt = prompt_for(self.config.data.prompt, lang)
         return {
-            variant: collapse(list(predicted.values()), [references[i] for i in predicted])
+            variant: collapse(list(predicted.values()), [references[i] for i in predicted], prompt=prompt, lang=lang)
             for variant, predicted in captions.items()
             if variant != "worst"
         }

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from raycap.errors import RunError
-from raycap.files import read_json, read_jsonl
+from raycap.files import read_json, read_rows
 from raycap.report.ledger import CONFIG, CURVES, GATE, METRICS, RUN_JSON, TRIALS, read_metrics, variant_order
 
 _NUMBERS = {
@@ -57,14 +57,14 @@ class Run:
         return sorted((f.name[len(split) + 1 : -len(".jsonl")] for f in files), key=variant_order)
 
     def predictions(self, split: str, variant: str) -> list[dict[str, Any]]:
-        """Rows {"image_id", "caption", "references"}; RunError naming what there is when there are none."""
+        """Rows {"image_id", "caption", "references"}; RunError when there are none, DataError for a torn file."""
         path = self.folder / "predictions" / f"{split}.{variant}.jsonl"
         if not path.is_file():
             there = ", ".join(self.variants(split)) or "none"
             raise RunError(
                 f"{self.folder} has no predictions of variant '{variant}' on split '{split}'; there: {there}"
             )
-        return read_jsonl(path)
+        return read_rows(path, ("image_id", "caption", "references"))
 
 
 def load_run(folder: Path | str) -> Run:
@@ -80,9 +80,16 @@ def load_run(folder: Path | str) -> Run:
         entry = read_json(folder / RUN_JSON) if (folder / RUN_JSON).is_file() else {}
     except ValueError:
         entry = {"status": "damaged"}
+    try:
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        said = " ".join(str(error).split())
+        raise RunError(f"{folder / CONFIG} cannot be read as YAML: {said}") from error
+    if not isinstance(config, dict):
+        raise RunError(f"{folder / CONFIG} holds no settings: it is no mapping")
     return Run(
         folder=folder,
-        config=yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {},
+        config=config,
         entry=entry,
         trials=_trials(folder),
         metrics=entry.get("metrics") or read_metrics(folder / METRICS),

@@ -76,9 +76,10 @@ class Validator:
             error = standard_error(np.asarray(per_image), groups=groups)
             if not math.isfinite(loss):  # weights that are not finite speak too, but say nothing
                 cider = error = math.nan
-            found.append(
-                EvalResult(0, loss, float(cider), float(error), captions, collapse(texts, list(references.values())))
-            )
+            told = collapse(
+                texts, list(references.values()), prompt=self.cm.prompt, lang=self.config.evaluate.lang,
+            )  # fmt: skip
+            found.append(EvalResult(0, loss, float(cider), float(error), captions, told))
         return found
 
     def _scorer(self, store: Store, references: dict[str, list[str]]) -> Any:

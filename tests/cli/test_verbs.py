@@ -253,6 +253,41 @@ def test_compare_on_shared_pictures(tmp_path, capsys):
     assert "there: zero-shot, served" in capsys.readouterr().err
 
 
+def test_compare_names_what_is_wrong_with_a_folder(tmp_path, run_folder, capsys):
+    good = str(run_folder)
+    assert main(["compare", good]) == 2 and "at least two run folders" in capsys.readouterr().err
+    assert main(["compare", good, str(tmp_path / "nowhere")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert main(["compare", good, str(tmp_path)]) == 1
+    assert "is no run folder: there is no config.yaml" in capsys.readouterr().err
+    references = {"a": ["a red square"], "b": ["a blue circle"], "c": ["two green stars"]}
+    torn = make_run(tmp_path / "torn", dict.fromkeys(references, "x"), references=references)
+    file = torn / "predictions" / "test.served.jsonl"
+    whole = file.read_text().splitlines()
+    for line, said in ((whole[1][:-9], "test.served.jsonl:2 is not JSON"), ('{"image_id": "b"}', ":2 has no caption")):
+        file.write_text("\n".join([whole[0], line]))
+        assert main(["compare", good, str(torn)]) == 1
+        assert said in capsys.readouterr().err
+    (torn / "config.yaml").write_text("run: {name: [")
+    assert main(["compare", good, str(torn)]) == 1
+    assert "config.yaml" in capsys.readouterr().err
+
+
+def test_evaluate_refuses_before_it_captions(run_folder, tmp_path, capsys):
+    verb = ["evaluate", str(run_folder)]
+    (tmp_path / "file").write_text("{}\n")
+    assert main([*verb, "--out", str(tmp_path / "file")]) == 2 and "a file has that name" in capsys.readouterr().err
+    assert main([*verb, "--exclude", str(tmp_path / "nowhere")]) == 2 and "no such file" in capsys.readouterr().err
+    assert (
+        main([*verb, "--exclude", str(tmp_path / "file")]) == 1 and "file:1 has no image_id" in capsys.readouterr().err
+    )
+    assert (
+        main([*verb, "--grid", "decode=greedy", "--also", "x"]) == 2
+        and "--also has no effect" in capsys.readouterr().err
+    )
+    assert main(["evaluate", str(tmp_path / "nowhere")]) == 2 and "there is no folder" in capsys.readouterr().err
+
+
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

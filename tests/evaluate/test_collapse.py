@@ -7,7 +7,7 @@ import json
 import pytest
 
 from raycap.errors import DataError
-from raycap.evaluate.collapse import collapse, repeats
+from raycap.evaluate.collapse import collapse, flagged, repeats
 
 REFERENCES = [[f"a small thing number {n} on the left", f"thing {n}"] for n in range(20)]
 
@@ -34,6 +34,29 @@ def test_echoed_prompt():
     assert collapse(captions, REFERENCES, prompt="describe this image:")["echo_share"] == 1
     assert collapse(captions, REFERENCES, prompt="describe this image:")["collapsed"]
     assert collapse(captions, REFERENCES)["echo_share"] == 0
+
+
+def test_people_who_begin_like_the_prompt_are_not_echoed():
+    references = [[f"a picture of thing {n}"] for n in range(20)]
+    captions = [f"a picture of some thing {n}" for n in range(20)]
+    assert not collapse(captions, references, prompt="a picture of")["collapsed"]
+    assert collapse(captions, REFERENCES, prompt="a picture of")["collapsed"]
+
+
+def test_japanese_is_counted_in_characters():
+    """Words are not set apart there: a caption is no single word, and doubled words are no loop."""
+    references = [[f"赤い車が{n}台、道のそばにとまっている"] for n in range(20)]
+    good = collapse([f"{n}台の車がいろいろな道をそろそろと走っている" for n in range(20)], references, lang="ja")
+    assert not good["collapsed"] and good["repetition_share"] == 0 and 0.5 < good["length_ratio"] < 2
+    long = collapse([f"{n}台の" + "赤い車と青い空と白い雲、" * 20 for n in range(20)], references, lang="ja")
+    assert long["collapsed"] and long["length_ratio"] > 3 and long["repetition_share"] == 1
+    assert repeats("車車車車", "ja") and repeats("道のそばに道のそばに", "ja") and not repeats("わくわくする", "ja")
+    rows = flagged(
+        {"a": "赤い車と" * 9, "b": "車", "c": references[0][0]}, dict.fromkeys("abc", references[0]), lang="ja"
+    )
+    assert [(r["image_id"], r["reasons"][0]) for r in rows] == [
+        ("a", "repeats itself"), ("b", "0.1 times the length of its closest reference"),
+    ]  # fmt: skip
 
 
 def test_runaway_length():
@@ -101,7 +124,7 @@ def test_people_are_not_flagged(fakecap):
 
 
 def test_captions_for_review():
-    from raycap.evaluate.collapse import excluded, flagged
+    from raycap.evaluate.collapse import excluded
 
     captions = {f"i{n}": "a dog" for n in range(12)} | {
         "empty": " ", "loop": "a man on a man on", "echo": "Describe this: a cat", "long": "words and more words said of it here",

@@ -126,7 +126,14 @@ def test_table(files, capsys):
         ("nowhere.jsonl", "r.jsonl", [], "nowhere.jsonl cannot be read"),
         ("broken.jsonl", "r.jsonl", [], "broken.jsonl:2 is not JSON"),
         ("empty.jsonl", "r.jsonl", [], "holds no predictions"),
-        ("r.jsonl", "r.jsonl", [], "'caption' is None"),
+        ("r.jsonl", "p.jsonl", [], "r.jsonl:1 has no 'caption'; it has 'image_id', 'captions'. Predictions come first"),
+        ("p.jsonl", "keys.jsonl", [], "keys.jsonl:1 has no 'captions' and no 'caption'; it has 'image_id', 'text'"),
+        ("keys.jsonl", "r.jsonl", [], "keys.jsonl:1 has no 'caption'"),
+        ("named.json", "r.jsonl", [], "named.json:1 has no 'image_id'; it has 'a', 'b', 'c' ..."),
+        ("gap.jsonl", "r.jsonl", [], "gap.jsonl:1: 'caption' is nan, expected text"),
+        ("latin.jsonl", "r.jsonl", [], "latin.jsonl cannot be read: it is no text in UTF-8"),
+        (".", "r.jsonl", [], "cannot be read: Is a directory"),
+        ("p.jsonl", "empty.jsonl", [], "holds no references"),
         ("p.jsonl", "p2.jsonl", [], "nothing to score"),
         ("p.jsonl", "r.jsonl", ["--metrics", "cidr"], "did you mean 'cider'"),
         ("p.jsonl", "r.jsonl", ["--metrics", ","], "names no metric"),
@@ -141,9 +148,22 @@ def test_table(files, capsys):
 def test_misuse_ends_with_two(files, capsys, predictions, references, options, said):
     (files / "broken.jsonl").write_text('{"image_id": 1, "caption": "a"}\n{"image_id": 2,\n')
     (files / "empty.jsonl").write_text("\n")
+    write_jsonl(files / "keys.jsonl", [{"image_id": "g01", "text": "a dog"}])
+    write_json(files / "named.json", {"a": "a dog", "b": "a cat", "c": "a bus", "d": "a car"})
+    (files / "gap.jsonl").write_text('{"image_id": "g01", "caption": NaN}')
+    (files / "latin.jsonl").write_bytes('{"image_id": "g01", "caption": "café"}'.encode("latin-1"))
     write_jsonl(files / "p2.jsonl", [{"image_id": 99, "captions": ["a dog"]}])
     assert main(["score", str(files / predictions), str(files / references), *(options or TEXT)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_files_as_other_programs_write_them(files, capsys, golden):
+    """A byte-order mark before the first line, and numbers that a table with gaps turned into fractions."""
+    predictions, references = golden
+    lines = [json.dumps({"image_id": float(n), "caption": c}) for n, c in enumerate(predictions.values())]
+    (files / "marked.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    write_jsonl(files / "r.jsonl", [{"image_id": n, "captions": c} for n, c in enumerate(references.values())])
+    assert run_json(capsys, files / "marked.jsonl", files / "r.jsonl", *TEXT)["images"] == 12
 
 
 def test_help(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import random_git
 
 from raycap.config import from_dict
 from raycap.models import load_model
@@ -11,21 +12,8 @@ from raycap.models import load_model
 
 @pytest.fixture(scope="session")
 def twin(tmp_path_factory):
-    """Folder of a GIT with random weights, wide enough that its modules matter: 2 + 1 layers of width 64."""
-    from raycap.data.shapes import generate
-    from raycap.models.tiny.build import build_git, build_processor, build_tokenizer, save
-
-    captions = [c for scene in generate(50, seed=1) for c in scene.captions]
-    tokenizer = build_tokenizer(captions, vocabulary=400)
-    torch.manual_seed(0)
-    model = build_git(tokenizer, width=64, layers=2, vision_layers=1, dropout=0.1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(4)
-    folder = tmp_path_factory.mktemp("twin")
-    save(folder, model, build_processor(tokenizer))
-    return folder
+    """Folder of a GIT with random weights."""
+    return random_git(tmp_path_factory.mktemp("twin"), 0.1)
 
 
 @pytest.fixture

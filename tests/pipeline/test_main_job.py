@@ -6,24 +6,11 @@ import csv
 import json
 
 import pytest
+from pycoco import tokenised
 
 from raycap.config import load_config
 from raycap.errors import GateError
 from raycap.files import read_json, read_jsonl
-
-SETTINGS = [
-    "data.shapes_images=96,60,60", "train.steps=18", "tune.trials=4", "tune.slots=3", "tune.grace_steps=6",
-    "train.val_images=24", "evaluate.resamples=500", "train.batch=8", "train.warmup_steps=2", "decode.max_new_tokens=12",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, ray_session):
-    """One finished run."""
-    from raycap.pipeline import sweep
-
-    folder = tmp_path_factory.mktemp("run") / "small"
-    return sweep(load_config("shapes-git", [*SETTINGS, f"run.dir={folder}"]), plain=True, command="raycap sweep small")
 
 
 @pytest.mark.ray
@@ -83,13 +70,10 @@ def test_predictions_score_the_same_in_pycocoevalcap(run):
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    from raycap.evaluate.tokenise import ptb_java
-
     entry = read_json(run / "run.json")
     rows = read_jsonl(run / "predictions" / "test.served.jsonl")
     assert len(rows) == 60 and all(set(r) == {"image_id", "caption", "references"} for r in rows)
-    said = {r["image_id"]: ptb_java([r["caption"]]) for r in rows}
-    references = {r["image_id"]: ptb_java(r["references"]) for r in rows}
+    references, said = tokenised(rows)
     scores = entry["metrics"]["test"]["served"]
     assert scores["cider"]["score"] == pytest.approx(Cider().compute_score(references, said)[0], abs=1e-6)
     assert scores["rouge_l"]["score"] == pytest.approx(Rouge().compute_score(references, said)[0], abs=1e-6)
@@ -140,11 +124,11 @@ def test_adapter_and_merged_models_load_in_plain_libraries(run):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_finished_run_is_never_overwritten(run):
+def test_a_finished_run_is_never_overwritten(run, run_settings):
     from raycap.cli import main
 
     before = (run / "run.json").read_bytes()
-    assert main(["sweep", "shapes-git", *SETTINGS, f"run.dir={run}", "--plain"]) == 1
+    assert main(["sweep", "shapes-git", *run_settings, f"run.dir={run}", "--plain"]) == 1
     assert main(["sweep", "--resume", str(run), "--plain"]) == 0
     assert (run / "run.json").read_bytes() == before
 

@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
+from tiny_models import random_git, stores_of, with_dequantised
 
 from raycap.config import from_dict
 from raycap.data.shapes import generate
-from raycap.data.store import Store
 from raycap.models import load_model
-from raycap.models.quantise import dequantise, quantised_linears
 from raycap.train.engine import PackEngine
 from raycap.trial import trial_spec
 
 TARGETS = ["query", "key", "value", "dense"]
 
 
-def _twin(folder, dropout):
-    from raycap.models.tiny.build import build_git, build_processor, build_tokenizer, save
-
-    captions = [c for scene in generate(50, seed=1) for c in scene.captions]
-    tokenizer = build_tokenizer(captions, vocabulary=400)
-    torch.manual_seed(0)
-    model = build_git(tokenizer, width=64, layers=2, vision_layers=1, dropout=dropout)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(4)
-    save(folder, model, build_processor(tokenizer))
-    return folder
-
-
 @pytest.fixture(scope="session")
 def twin(tmp_path_factory):
     """Folder of a GIT with random weights and no dropout in its base."""
-    return _twin(tmp_path_factory.mktemp("twin"), 0.0)
+    return random_git(tmp_path_factory.mktemp("twin"), 0.0)
 
 
 @pytest.fixture(scope="session")
 def dropping_twin(tmp_path_factory):
     """The same with 0.1 of dropout on hidden states and attention."""
-    return _twin(tmp_path_factory.mktemp("dropping"), 0.1)
+    return random_git(tmp_path_factory.mktemp("dropping"), 0.1)
 
 
 @pytest.fixture
@@ -76,20 +58,7 @@ def make_stores(scenes, tmp_path_factory):
     """Finished stores of 12 training and 6 validation scenes, tokenised for `cm`."""
 
     def make_stores(cm, finish=True):
-        folder, stores = tmp_path_factory.mktemp("stores"), {}
-        for split, found in scenes.items():
-            ids = [f"{split}{i}" for i in range(len(found))]
-            stores[split] = store = Store.create(
-                folder / split, split, len(ids), cm.family.image_size(cm.processor), image_ids=ids,
-                references={i: s.captions for i, s in zip(ids, found)}, max_tokens=cm.max_text_tokens,
-            )  # fmt: skip
-            for row, scene in enumerate(found):
-                coded = [cm.family.encode(cm.processor, c, cm.prompt, cm.max_text_tokens) for c in scene.captions]
-                pixels = cm.family.resize(cm.processor, scene.image)[None]
-                store.put([row], pixels, [[c[0] for c in coded]], [[c[1] for c in coded]])
-            if finish:
-                store.finish()
-        return stores
+        return stores_of(cm, scenes, tmp_path_factory.mktemp("stores"), finish)
 
     return make_stores
 
@@ -100,7 +69,7 @@ def make_engine(make_stores):
 
     def make_engine(config, *, dtype=None, slots=16):
         if dtype == "fp64":
-            cm = in_fp64(config)
+            cm = with_dequantised(config, torch.float64)
         else:
             cm = load_model(config.model, config.data, compute_dtype=dtype, device="cpu")
         return PackEngine(cm, make_stores(cm), config, slots)
@@ -135,21 +104,6 @@ def oracle():
         return with_dequantised(config, dtype).model
 
     return oracle
-
-
-def with_dequantised(config, dtype):
-    """The model of `config` without quantisation, in `dtype`, its quantised weights replaced by what they stand for."""
-    packed = load_model(config.model, config.data, compute_dtype="fp32", device="cpu")
-    plain = load_model(config.model, config.data, quantisation="none", compute_dtype="fp32", device="cpu")
-    with torch.no_grad():
-        for name, module in quantised_linears(packed.model).items():
-            plain.model.get_submodule(name).weight.copy_(dequantise(module, torch.float32))
-    plain.model.to(dtype)
-    return plain
-
-
-def in_fp64(config):
-    return dataclasses.replace(with_dequantised(config, torch.float64), compute_dtype=torch.float64)
 
 
 @pytest.fixture

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import stores_of, with_dequantised
 
 from raycap.config import from_dict
 from raycap.data.shapes import generate
-from raycap.data.store import Store
 from raycap.models import load_model
-from raycap.models.quantise import dequantise, quantised_linears
 from raycap.models.tiny import build_twin
 from raycap.train.engine import PackEngine
 from raycap.trial import trial_spec
@@ -165,17 +165,14 @@ def load(settings):
 
 @pytest.fixture(scope="session")
 def plain(settings):
-    """The model without quantisation, in `dtype`, on the weights that NF4 made of it."""
+    """The model without quantisation, in `dtype`, on the weights that NF4 made of it: a copy of one that is built once."""
+    built = {}
 
     def plain(case, dtype=torch.float64, **changes):
-        config = settings(case, **changes)
-        packed = load_model(config.model, config.data, compute_dtype="fp32", device="cpu")
-        whole = load_model(config.model, config.data, quantisation="none", compute_dtype="fp32", device="cpu")
-        with torch.no_grad():
-            for name, module in quantised_linears(packed.model).items():
-                whole.model.get_submodule(name).weight.copy_(dequantise(module, torch.float32))
-        whole.model.to(dtype)
-        return dataclasses.replace(whole, compute_dtype=dtype)
+        key = case.twin, dtype, repr(sorted(changes.items()))
+        if key not in built:
+            built[key] = with_dequantised(settings(case, **changes), dtype)
+        return dataclasses.replace(built[key], model=copy.deepcopy(built[key].model))
 
     return plain
 
@@ -185,19 +182,7 @@ def make_stores(scenes, tmp_path_factory):
     """Finished stores of the scenes, as `cm` prepares them."""
 
     def make_stores(cm):
-        folder, stores = tmp_path_factory.mktemp("stores"), {}
-        for split, found in scenes.items():
-            ids = [f"{split}{i}" for i in range(len(found))]
-            stores[split] = store = Store.create(
-                folder / split, split, len(ids), cm.family.image_size(cm.processor), image_ids=ids,
-                references={i: s.captions for i, s in zip(ids, found)}, max_tokens=cm.max_text_tokens,
-            )  # fmt: skip
-            for row, scene in enumerate(found):
-                coded = [cm.family.encode(cm.processor, c, cm.prompt, cm.max_text_tokens) for c in scene.captions]
-                pixels = cm.family.resize(cm.processor, scene.image)[None]
-                store.put([row], pixels, [[c[0] for c in coded]], [[c[1] for c in coded]])
-            store.finish()
-        return stores
+        return stores_of(cm, scenes, tmp_path_factory.mktemp("stores"))
 
     return make_stores
 
