@@ -1,7 +1,7 @@
 """Caption metrics against pycocoevalcap on the same captions, the two sides taking turns; prints JSON.
 
     python benchmarks/metrics.py                      5,000 images of 5 references each, about a minute
-    python benchmarks/metrics.py --images 500 --meteor
+    python benchmarks/metrics.py --meteor --rounds 4 --file coco_fakecap/fakecap.jsonl
 
 `first_s` holds what is done once for fixed references (CIDEr: n-grams and document frequencies; tokenising is measured
 by itself), `second_s` a further set of captions against them, as at each rung of a sweep. Both sides get captions that
@@ -41,14 +41,21 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--resamples", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--file", type=Path, help='JSONL of {"candidate", "references_raw": [5]}: captions of people, not invented ones'
+    )
     parser.add_argument("--meteor", action="store_true", help="METEOR too: about a minute of Java per 5,000 images")
     args = parser.parse_args()
     if args.rounds < (least := 4 if args.meteor else 2):
         parser.error(f"--rounds {args.rounds}: at least {least} sets of captions are compared")
     rng = random.Random(args.seed)
-    references, predictions = captions(args.images, args.references, args.rounds, rng)
+    if args.file:
+        references, predictions = of_people(args.file, args.images, args.rounds, rng)
+    else:
+        references, predictions = captions(args.images, args.references, args.rounds, rng)
     found: dict[str, Any] = {
-        "images": args.images, "references_per_image": args.references, "rounds": args.rounds, "seed": args.seed,
+        "images": args.images, "references_per_image": len(references[0]),
+        "captions": args.file.name if args.file else "invented", "rounds": args.rounds, "seed": args.seed,
         "cores": os.cpu_count(), "cider": cider(references, predictions), "tokenise": tokenising(references),
         "all": everything(references, predictions, ("bleu", "rouge_l", "cider", *(["meteor"] if args.meteor else []))),
         "bootstrap": bootstrap(args.images, args.resamples, args.seed),
@@ -82,6 +89,25 @@ def captions(
             said[image] = " ".join(word if rng.random() < 0.6 else words(1)[0] for word in base)
         predictions.append(said)
     return references, predictions
+
+
+def of_people(
+    file: Path, images: int, rounds: int, rng: random.Random
+) -> tuple[dict[int, list[str]], list[dict[int, str]]]:
+    """Images from the rows of a file, each row several times: one of its references in turn, short of a word or two, is
+    the prediction, and the row's candidate takes its place, so that no two images ask METEOR the same."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    references: dict[int, list[str]] = {}
+    said: list[dict[int, str]] = [{} for _ in range(rounds)]
+    for image in range(images):
+        row, turn = rows[image % len(rows)], image // len(rows) % 5
+        own = [text.strip() for text in row["references_raw"][:5]]
+        words = own[turn].split()
+        references[image] = [*own[:turn], row["candidate"], *own[turn + 1 :]]
+        for each in said:
+            kept = sorted(rng.sample(range(len(words)), max(1, len(words) - rng.randint(1, 2))))
+            each[image] = " ".join(words[n] for n in kept)
+    return references, said
 
 
 def cider(references: dict[int, list[str]], predictions: list[dict[int, str]]) -> dict[str, Any]:
