@@ -15,6 +15,8 @@ from raycap.errors import ConfigError
 from raycap.trial import TrialSpec
 
 EPS = 1e-8
+TINY = 1e-37
+"""Least second moment whose root is taken."""
 BLOCK = 1 << 17
 """Elements updated at a time on a CPU: five tensors of them stay in its cache, and the update is bound by memory."""
 FIRST_LOSS_SCALE = 2.0**16
@@ -119,5 +121,6 @@ class StackedAdamW:
             m2.mul_(beta2).addcmul_(g.square_(), gain2)
             if self.decays:
                 p.mul_(shrink)
-            p.addcdiv_(m1 * size, torch.sqrt(m2, out=g).mul_(root).add_(EPS))
+            # A root of zero, and padded ranks are full of them, takes MKL ten times a root; EPS drowns what is added.
+            p.addcdiv_(m1 * size, torch.clamp(m2, min=TINY, out=g).sqrt_().mul_(root).add_(EPS))
         return norms[:, 0], finite[:, 0]

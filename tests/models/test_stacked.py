@@ -117,18 +117,65 @@ def test_padding_gets_no_gradient(packed):
     assert stacks.grads[own].ne(0).all()
 
 
+class Opaque(nn.Linear):
+    """A linear of another class: what it does is its own affair (4-bit weights, say), so it is called."""
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Opaque])
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_each_base_linear_is_applied_once_for_any_number_of_slots(count):
+def test_each_base_linear_is_applied_once_for_any_number_of_slots(count, kind):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
     model = Two()
-    calls = {"first": 0, "second": 0}
-    for name in calls:
-        getattr(model, name).register_forward_hook(lambda *_, n=name: calls.__setitem__(n, calls[n] + 1))
+    for linear in (model.first, model.second):
+        linear.__class__ = kind
+    places = {model.first.weight.data_ptr(): "first", model.second.weight.data_ptr(): "second"}
+    products = {"first": 0, "second": 0}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.bmm):
+                for name in {places.get(a.data_ptr()) for a in args if isinstance(a, torch.Tensor)} - {None}:
+                    products[name] += 1
+            return function(*args, **(kwargs or {}))
+
     stacks = Stacks(model, Keys(), compute_dtype=torch.float64, device=CPU)
     specs = [spec(k, 1 + k % 3) for k in range(count)]
     stacks.rebuild(specs, [{"value": weights(s.r, ["first", "second"], k)} for k, s in enumerate(specs)])
     stacks.refresh()
-    model(torch.randn(2 * count, 3, 6, dtype=torch.float64)).sum().backward()
-    assert calls == {"first": 1, "second": 1}
+    with Count():
+        out = model(torch.randn(2 * count, 3, 6, dtype=torch.float64))
+        assert products == {"first": 1, "second": 1}
+        out.sum().backward()
+    assert products == {"first": 1, "second": 2}, "once more for the gradient of what comes before it"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_weight_that_is_plainly_there_gives_what_calling_the_base_gives(dtype, dropout):
+    """Outputs and the adapters' gradients; through a linear whose weight is taken, and through one that is called."""
+    found = []
+    for kind in (nn.Linear, Opaque):
+        model, keys = Two().to(dtype), Keys()
+        for linear in (model.first, model.second):
+            linear.__class__ = kind
+        specs = [spec(0, 2, dropout), spec(1, 4), spec(2, 1)]
+        values = [weights(r, ["first", "second"], k) for k, r in enumerate((2, 4, 1))]
+        stacks = Stacks(model, keys, compute_dtype=dtype, device=CPU)
+        stacks.rebuild(specs, [{"value": v} for v in values])
+        stacks.refresh()
+        keys.set([1, 2, 3], [0, 0, 0], CPU)
+        x = torch.randn(6, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+        out = model(x.requires_grad_())
+        out.square().sum().backward()
+        stacks.collect()
+        found.append((out.detach(), stacks.grads.clone(), x.grad))
+    (out, grads, of_x), (out2, grads2, of_x2) = found
+    assert torch.equal(out, out2), "the forward is the same, to the bit"
+    rough = {torch.float64: 1e-12, torch.bfloat16: 3e-2}[dtype]  # one rounding less, in the gradients of the inputs
+    assert torch.allclose(grads, grads2, rtol=rough, atol=rough * grads2.abs().max().item())
+    assert torch.allclose(of_x, of_x2, rtol=rough, atol=rough * of_x2.abs().max().item())
+    assert of_x.ne(0).any() and grads.ne(0).any()
 
 
 def test_operations_do_not_grow_with_the_slots():
