@@ -55,7 +55,7 @@ class _AddLora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         rows, narrow, A, B, mask, dropped = ctx.saved_tensors
-        g = grad.reshape(len(A), -1, grad.shape[-1])
+        g = grad.reshape(A.size(0), -1, grad.shape[-1])
         grad_narrow = _adapter_gradients(ctx, g, rows, narrow, B, dropped)
         grad_x = None
         if ctx.needs_input_grad[1]:
@@ -92,16 +92,16 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         rows, narrow, A, B, weight, mask, dropped = ctx.saved_tensors
-        g = grad.reshape(len(A), -1, grad.shape[-1])
+        g = grad.reshape(A.size(0), -1, grad.shape[-1])
         grad_narrow = _adapter_gradients(ctx, g, rows, narrow, B, dropped)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.matmul(g, ctx.site.frozen_weight() if weight is None else weight)
-            drops = 0 if mask is None else len(mask)
+            drops = 0 if mask is None else mask.size(0)
             if drops:
                 through = _product(grad_narrow[:drops], A[:drops], torch.empty_like(rows[:drops]))
                 grad_x[:drops] += put_on(through, mask, in_place=True)
-            if drops < len(A):
+            if drops < A.size(0):
                 _add_product(grad_x[drops:], grad_narrow[drops:], A[drops:])
             grad_x = grad_x.view(*grad.shape[:-1], -1)
         return grad_x, None, None, None, None, None
@@ -127,7 +127,7 @@ def _parts(rows: torch.Tensor, dropped: torch.Tensor | None) -> list[tuple[slice
 
 def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Batched product into `out`; a batch of one is a plain one, which is faster."""
-    if len(a) == 1:
+    if a.size(0) == 1:
         torch.mm(a[0], b[0], out=out[0])
     else:
         torch.bmm(a, b, out=out)
@@ -135,7 +135,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tenso
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    if len(a) == 1:
+    if a.size(0) == 1:
         total[0].addmm_(a[0], b[0])
     else:
         total.baddbmm_(a, b)
@@ -147,6 +147,8 @@ class StackedLora(nn.Module):
     def __init__(self, base: nn.Module, name: str, keys: Keys):
         super().__init__()
         self.base, self.name, self.keys = base, name, keys
+        self.packed = hasattr(base.weight, "quant_state") and not hasattr(base, "dense")
+        """Whether the base's weight is in 4 bits, and not kept dense beside them."""
         self.anchor = torch.zeros((), requires_grad=True)
         self.A: torch.Tensor | None = None
         """[K, R, I]; B is [K, O, R] and holds alpha / r too. Views of the stacks, as are the gradients."""
@@ -169,11 +171,6 @@ class StackedLora(nn.Module):
             return _LoraLinear.apply(x.to(kind), self.anchor, self, weight, bias, mask).to(x.dtype)
         y = self.base(x)
         return _AddLora.apply(y.to(kind), x.to(kind), self.anchor, self, mask).to(y.dtype)
-
-    @property
-    def packed(self) -> bool:
-        """Whether the base's weight is in 4 bits, and not kept dense beside them."""
-        return hasattr(self.base.weight, "quant_state") and not hasattr(self.base, "dense")
 
     def frozen_weight(self) -> torch.Tensor | None:
         """What the base multiplies with [O, I], where that is all it does and in the adapters' dtype; else None."""

@@ -82,6 +82,8 @@ class PackEngine:
         for path in [*self.linears, *self.full]:
             linear = cm.model.get_submodule(path)
             self.shapes[path] = (linear.in_features, linear.out_features)
+        self.linear_size = sum(i * o for i, o in self.shapes.values()) / max(1, len(self.shapes))
+        """Mean number of weights in an adapted linear."""
         key_base_dropout(cm.model, self.keys, on=config.train.base_dropout)
         if config.train.gradient_checkpointing:
             checkpoint_layers(cm)
@@ -248,11 +250,17 @@ class PackEngine:
         if not running:
             return {}
         self._stack(running)
+        with self.lanes.threads(self.config.train.batch * len(running) * self.linear_size):
+            found = self._step_stacked()
+        return {t: found[t] for t in running}
+
+    def _step_stacked(self) -> dict[str, StepResult]:
         slots = [self.slots[t] for t in self.stacked]
         drawn = [self.pairs(slot.spec.captions, slot.step) for slot in slots]
         batches = [self.bucketed(slot.spec.captions, pairs) for slot, pairs in zip(slots, drawn)]
         self.padding.add(self.stores["train"], drawn, batches, self._cuts(len(batches[0]), len(slots)))
-        self.cm.model.train()
+        if not self.cm.model.training:  # asking every module costs a small step a twentieth
+            self.cm.model.train()
         while True:
             try:
                 losses = self._gradients(slots, batches)
@@ -288,7 +296,7 @@ class PackEngine:
             if self.scaled and math.isfinite(loss):
                 slot.loss_scale.update(good)
             found[trial_id] = StepResult(slot.step, loss, norm, lr, good)
-        return {t: found[t] for t in running}
+        return found
 
     def sampler(self, captions: str) -> Sampler:
         """The samples of each step under this choice of captions."""

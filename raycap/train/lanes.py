@@ -7,8 +7,9 @@ added up in the lanes' order. So the result depends on how many lanes there are,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,11 @@ MIN_ROWS = 24
 """Rows that a lane must have to be worth it: below, what an operation costs whatever its size is most of it."""
 MAX_LANES = 4
 """Python runs one lane at a time between two operations, and each lane holds gradients of all slots."""
+
+SMALL_PRODUCTS = 1 << 20
+"""Multiply-adds that a linear does for one position of all rows, below which cores wait for each other longer than they
+work. (One trial of 16 rows on a width of 128 has half of it: 51 ms a step on one thread, 57 on two that share their
+cores with Ray's processes; a width of 768 has nine times of it.)"""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -52,6 +58,22 @@ class Lanes:
             wait(futures)
             found += [future.result() for future in futures]
         return found
+
+    @contextmanager
+    def threads(self, products: float) -> Iterator[None]:
+        """For the block: this thread alone where there are lanes, but too little to do for two of them or for two cores.
+
+        Goes by the work and not by the clock, since the number of threads may change the last bits of a sum.
+        """
+        before = torch.get_num_threads()
+        alone = self.count > 1 and products < SMALL_PRODUCTS
+        if alone:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            if alone:
+                torch.set_num_threads(before)
 
     def close(self) -> None:
         if self._pool is not None:

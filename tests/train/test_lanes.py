@@ -85,3 +85,20 @@ def test_a_machine_of_one_core_and_a_gpu_have_one_lane(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     lanes = lanes_for(torch.device("cpu"))
     assert (lanes.count, lanes.threads_each) == (4, 4)
+
+
+def test_a_little_work_is_done_by_one_thread_and_the_others_come_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for lanes, products, threads in (
+            (Lanes(2, 1), 16 * 128 * 128, 1),
+            (Lanes(2, 1), 16 * 768 * 768, 2),
+            (Lanes(1, 2), 16 * 128 * 128, 2),  # one lane: a GPU, or a core of its own
+        ):
+            with pytest.raises(ZeroDivisionError), lanes.threads(products):
+                assert torch.get_num_threads() == threads
+                raise ZeroDivisionError
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
