@@ -51,6 +51,7 @@ __all__ = [
     "load_config",
     "parse_value",
     "preset_names",
+    "put_settings",
     "setting_kind",
 ]
 
@@ -92,13 +93,17 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: no such preset; a key, value or type that does not fit; settings that contradict each other.
     """
-    tree = _read_preset(preset)
+    return from_dict(put_settings(_read_preset(preset), overrides))
+
+
+def put_settings(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`tree` (as `Config.to_dict` gives) with `key=value` overrides in it; changed in place, checked by `from_dict`."""
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"'{override}' is not a setting: write key=value, for example train.lr=1e-3")
         _override(tree, key.strip(), text)
-    return from_dict(tree)
+    return tree
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:

@@ -26,6 +26,7 @@ examples:
   raycap sweep shapes-git
   raycap sweep photos-git-tiny data.source=my-photos tune.trials=16 train.steps=300
   raycap sweep shapes-git tune.space.lora.r=[4,8,16] --dry-run
+  raycap sweep risc-paligemma --tiny
   raycap sweep --resume results/shapes-git
 
 {preset_list()}; the path of your own .yaml works too
@@ -41,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print settings, trials and the predicted cost, run nothing"
     )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="the preset's whole way with a tiny random twin on a drawn set: minutes, no downloads, scores that mean nothing",
+    )
     parser.add_argument("--keep-serving", action="store_true", help="leave the winner's server up until Ctrl-C")
     add_plain(parser)
     add_json(parser)
@@ -49,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.keep_serving and args.json:
         raise UsageError("--keep-serving stays until Ctrl-C and --json prints at the end: give one of them")
+    if args.tiny:
+        return run_tiny(args)
     config = resumed_config(args.preset, args.settings) if args.resume else new_config(args.preset, args.settings)
     if args.dry_run:
         return dry_run(config, as_json=args.json)
@@ -65,14 +73,42 @@ def run(args: argparse.Namespace) -> int:
     return finished(folder, as_json=args.json)
 
 
-def finished(folder: Path, *, as_json: bool) -> int:
-    """Print what a run came to; the exit code says whether that is a served winner."""
+def run_tiny(args: argparse.Namespace) -> int:
+    """`--tiny`: the run, then what the preset is for beyond it."""
+    from raycap.pipeline.tiny import beyond, tiny_plan, tiny_sweep
+
+    for option in ("resume", "keep_serving"):
+        if getattr(args, option):
+            raise UsageError(
+                f"--{option.replace('_', '-')} and --tiny: give one of them; a tiny run is resumed without --tiny"
+            )
+    plan = tiny_plan(new_config(args.preset, []), args.settings)
+    if args.dry_run:
+        return dry_run(plan.config, as_json=args.json)
+    folder = tiny_sweep(plan, plain=args.plain, command=args.command)
+    found = beyond(plan, folder, plain=args.plain)
+    code = finished(folder, as_json=args.json, more=found)
+    if args.json:
+        return code
+    if "outside" in found:
+        from raycap.cli.evaluate import sets_table
+
+        print(f"\nraycap evaluate {folder} --also {plan.outside}\n{sets_table(found['outside']['sets'])}")
+    if "grid" in found:
+        from raycap.report.grid import table_text
+
+        print(f"\n{table_text(found['grid']['rows'])}\ntable, captions and plots: {folder / 'grid' / 'test'}")
+    return code
+
+
+def finished(folder: Path, *, as_json: bool, more: dict[str, Any] | None = None) -> int:
+    """Print what a run came to, with `more` where it is for machines; the exit code says whether that is a served winner."""
     from raycap.report.runs import load_run
     from raycap.report.summary import run_summary, text_summary
 
     run_read = load_run(folder)
     if as_json:
-        print_json(run_summary(run_read))
+        print_json(run_summary(run_read) | (more or {}))
     else:
         print(text_summary(run_read))
     return 0 if run_read.finished else 1

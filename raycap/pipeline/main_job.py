@@ -18,6 +18,7 @@ from raycap.cluster import connect
 from raycap.config import Config
 from raycap.errors import GateError, Interrupted, RaycapError, RunError
 from raycap.files import atomic_folder, sha256_folder, write_jsonl
+from raycap.models.tiny import twin_note
 from raycap.pipeline.remote import in_worker
 from raycap.pipeline.tools import prepare_tools
 from raycap.pipeline.verbs import caption_through, pictures, stay
@@ -100,6 +101,8 @@ class _Run:
         self.folder = ledger.folder
         self.facts: dict[str, Any] = {}
         """Further keys of run.json."""
+        self.note = ""
+        """What is to be said beside every score of this run."""
 
     def work(self, *, resume: bool, keep_serving: bool) -> None:
         shards = self._prepare()
@@ -123,6 +126,9 @@ class _Run:
             shards = open_shards(folder).speaking(self.config.evaluate.lang)
         self.facts["data_sha256"] = shards.content_sha256
         self.facts["base_sha256"] = base_sha256(self.config)
+        if note := twin_note(self.config.model.path):
+            self.note = f"{note} "
+            self.progress.line(note)
         self.facts["data"] = {"folder": str(shards.folder), "counts": dict(shards.counts)}
         self.progress.line("images: " + ", ".join(f"{n:,} {split}" for split, n in shards.counts.items()))
         if aside := shards.aside(("val", "test")):
@@ -292,7 +298,7 @@ class _Run:
             told = verdicts(self.config, shards, per_image, found, self.facts.get("settings"))
             self.facts["verdicts"] = told
             self.facts["collapse"] = self._collapse(shards, captions["test"])
-            self.facts["sentence"] = self.facts["verdicts"].get("sentence", "")
+            self.facts["sentence"] = self.note + self.facts["verdicts"].get("sentence", "")
 
     def _flag(self, shards: Shards, captions: Mapping[str, Mapping[str, Mapping[str, str]]]) -> None:
         """review/<split>.jsonl: captions of the winner that a person should look at."""

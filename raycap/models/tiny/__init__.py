@@ -43,3 +43,12 @@ def build_twin(
         torch.manual_seed(seed)
         getattr(import_module(module), attribute)(folder, list(captions), dropout)
     return folder
+
+
+def twin_note(path: Path | str) -> str:
+    """What is to be said of every score of the model in `path`: something where it is a fitted twin, else ""."""
+    from raycap.files import read_json
+    from raycap.models.tiny.fit import NOTE
+
+    file = Path(path).expanduser() / NOTE
+    return str(read_json(file)["note"]) if file.is_file() else ""
