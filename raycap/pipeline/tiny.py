@@ -123,7 +123,7 @@ def tiny_plan(preset: Config, settings: Sequence[str] = ()) -> TinyPlan:
     tree["run"]["name"] = f"{preset.run.name}-tiny"
     if not known:
         tree["data"] |= {"images": "", "columns": {}, "report": "auto", "missing_splits": "draw", "lang": ""}
-        tree["data"] |= {key: str(folder / path) for key, path in SETS[name].settings.items()}
+    tree["data"] |= {key: str(folder / path) for key, path in SETS[name].settings.items()}
     _shrink(tree, preset)
     tree["model"] |= {"path": str(model), "vision_path": "", "graft_path": "", "min_pixels": 0, "max_pixels": 0,
                       "materialise": False, "trust_remote_code": False}  # fmt: skip
