@@ -17,7 +17,7 @@ from raycap.files import atomic_folder, sha256_json, write_atomic, write_json
 
 VERSION = 1
 """Goes up when pictures, captions or layouts change: sets in a cache are then drawn again."""
-SIZES = {"train": 160, "val": 48, "test": 48}
+SIZES = {"train": 160, "val": 64, "test": 64}
 """Rows of each split once `prepare` is through."""
 _FIRST = {"train": 0, "val": 10_000, "test": 20_000}
 _SPARE = 14
