@@ -59,7 +59,7 @@ def choose_splits(config: Config, source: Source, checked: Checked) -> list[str]
         raise ConfigError(f"data.splits={list(shares)} has no effect on {source.title}: every row names its split")
     splits = assign_splits([(r.source.image_id, r.source.group, r.source.split) for r in checked.rows], shares, seed)
     if config.data.missing_splits == "draw":
-        if set(SPLITS) <= set(splits):
+        if set(SPLITS) <= named:
             raise ConfigError(f"data.missing_splits=draw has no effect on {source.title}: no split is missing")
         splits = fill_missing([(r.source.image_id, r.source.group) for r in checked.rows], splits, shares, seed)
     counts = Counter(splits)

@@ -21,7 +21,7 @@ from raycap.settings import prompt_for
 
 STEPS = 54
 TRIALS = 4
-LR, LRS = 5e-3, [1e-3, 1e-2]
+LR, LRS = 2e-3, [5e-4, 5e-3]
 MAX_DROP = 0.5
 """A twin of 64 dimensions loses more to NF4 than a real model, and few images tell less: a wreck still does not pass."""
 CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {

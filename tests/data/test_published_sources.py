@@ -98,6 +98,14 @@ def test_coco_has_no_test_split_until_one_is_drawn(coco, settings, tmp_path):
     assert manifest["counts"] == {"train": 4, "val": 2, "test": 2}
 
 
+def test_drawing_what_is_missing_suits_a_set_that_names_no_split(tmp_path, put, settings):
+    """As when a run on STAIR, whose test split was drawn, is evaluated on YJ, which has none of its own."""
+    folder = write_json(tmp_path / "yj" / "yj.json", coco_json({n: [f"写真の{n}"] for n in range(1, 11)})).parent
+    put(folder, *[f"train2014/{coco_image(n)['file_name']}" for n in range(1, 11)])
+    manifest = prepare(settings(folder, missing_splits="draw", duplicates="keep", leaks="allow"), tmp_path / "out")
+    assert manifest["counts"] == {"train": 8, "val": 1, "test": 1}
+
+
 def test_one_file_and_the_pictures_elsewhere(coco, tmp_path, read):
     file = (coco / "annotations" / "captions_train2014.json").rename(tmp_path / "captions_train2014.json")
     assert read(file)[0].reason == "image-missing"

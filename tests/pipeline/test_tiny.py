@@ -124,6 +124,7 @@ def test_a_set_is_read_by_its_own_source(preset, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_whole_way(preset, ray_session, tmp_path, capsys):
     """prepare, sweep, gate, serve, report, verdict, and what the preset is for beyond them."""
