@@ -1,8 +1,8 @@
 """The gate before serving: adapter -> merged -> re-quantised, each scored on the same split.
 
 Folding an adapter into 16-bit weights rounds, and onto the original weights it is another model than the one that was
-trained on NF4. So both ways of merging are scored and the better is kept, that one is quantised again and scored too,
-and nothing is promoted that lost more than `export.max_drop` of the adapter's score.
+trained on NF4. So both ways of merging are scored and the better is kept; each is quantised again, and of those the better is
+kept; nothing is promoted that lost more than `export.max_drop` of the adapter's score.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from raycap.files import atomic_folder, write_atomic, write_json
 from raycap.settings import prompt_for
 
 Scorer = Callable[[Path, str], float]
-"""(model folder, variant) -> score on the gate's split. Variants: merged, merged-dequantised, merged-nf4."""
+"""(model folder, variant) -> score on the gate's split. Variants: merged, merged-dequantised, merged-nf4-original and
+merged-nf4-dequantised."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +68,6 @@ def judge(
 ) -> GateResult:
     """The verdict on ready scores; decides, and does nothing."""
     kept = merged if better(merged, merged_dequantised) == "original" else merged_dequantised
-    # The promoted folder is best/merged or best/merged-nf4, and the second is made from the first.
     drops = {"merged": relative_drop(adapter, kept), "merged-nf4": relative_drop(adapter, merged_nf4)}
     promoted = drops[settings.promote]
     return GateResult(
@@ -135,9 +135,10 @@ def run_gate(
     metric: str = "cider",
     progress: Callable[[str], None] | None = None,
 ) -> GateResult:
-    """Merge both ways, keep the better as `best`/merged, quantise it as `best`/merged-nf4, and write `gate_file`.
+    """Merge both ways, quantise both again, keep the better of each as `best`/merged and `best`/merged-nf4, and write
+    `gate_file`.
 
-    All three models are scored by `scorer` on the split that `adapter_score` was taken on. What was measured is
+    All these models are scored by `scorer` on the split that `adapter_score` was taken on. What was measured is
     written, cards included, before the verdict is raised.
 
     Raises:
@@ -157,20 +158,24 @@ def run_gate(
             merge(config.model, config.data, adapter, work / onto, onto)
             scores[onto] = float(scorer(work / onto, "merged" if onto == "original" else "merged-dequantised"))
         kept = better(scores["original"], scores.get("dequantised"))
-        say(f"quantising the model merged onto the {kept} weights")
-        requantise(config.model, config.data, work / kept, work / "nf4")
-        nf4 = float(scorer(work / "nf4", "merged-nf4"))
+        # Each way again: dequantised weights lie on NF4's grid, to which a small update is rounded back.
+        packed: dict[str, float] = {}
+        for onto in ways:
+            say(f"quantising the model merged onto the {onto} weights")
+            requantise(config.model, config.data, work / onto, work / f"nf4-{onto}")
+            packed[onto] = float(scorer(work / f"nf4-{onto}", f"merged-nf4-{onto}"))
+        kept_nf4 = better(packed["original"], packed.get("dequantised"))
         result = judge(
             adapter=float(adapter_score),
             merged=scores["original"],
             merged_dequantised=scores.get("dequantised"),
-            merged_nf4=nf4,
+            merged_nf4=packed[kept_nf4],
             settings=config.export,
             split=split,
             metric=metric,
         )
         _keep(work / kept, best / "merged", facts, result)
-        _keep(work / "nf4", best / "merged-nf4", facts, result)
+        _keep(work / f"nf4-{kept_nf4}", best / "merged-nf4", facts, result)
         write_json(gate_file, result.to_dict())
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -96,6 +96,7 @@ def export_stage(
     from raycap.evaluate.cider import CiderScorer
     from raycap.evaluate.tokenise import quick_tokeniser
     from raycap.export.card import CardFacts
+    from raycap.export.folder import read_manifest
     from raycap.export.gate import run_gate
 
     if threads:
@@ -156,6 +157,8 @@ def export_stage(
     kept = captions["val"].pop("merged-dequantised", None)
     if kept is not None and gate["merged_dequantised"] >= gate["merged"]:
         captions["val"]["merged"] = kept
+    packed = {onto: captions["val"].pop(f"merged-nf4-{onto}", None) for onto in ("original", "dequantised")}
+    captions["val"]["merged-nf4"] = packed[read_manifest(folder / "best" / "merged-nf4")["onto"]]
     for variant in ("merged", "merged-nf4"):
         say(f"captions of {variant}")
         model = Captioner.load(config, folder / "best" / variant)

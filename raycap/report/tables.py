@@ -85,7 +85,7 @@ def gate(data: ReportData) -> str:
         ("merged", found["merged"], None if kept_dequantised else kept_drop, "folded into the original weights"),
         ("merged, dequantised", found.get("merged_dequantised"), kept_drop if kept_dequantised else None,
          "folded into the dequantised weights"),
-        ("merged-nf4", found["merged_nf4"], found["drop_nf4"], "the better of the two, quantised again"),
+        ("merged-nf4", found["merged_nf4"], found["drop_nf4"], "each quantised again, the better of the two"),
     ]  # fmt: skip
     kept = "merged, dequantised" if kept_dequantised else "merged"
     rows = []

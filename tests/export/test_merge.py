@@ -154,6 +154,26 @@ def test_plain_evaluation_repacks_on_some_cpus_and_stays_close(nf4):
     assert (first - exact).abs().max() < 0.02 * exact.abs().max()
 
 
+def test_a_small_update_survives_quantising_unless_it_starts_on_the_grid(config, adapter, quantised_base, tmp_path):
+    """Dequantised weights are NF4's own numbers, to which a small update is rounded back; others carry it on average."""
+    from safetensors.torch import load_file, save_file
+
+    small = tmp_path / "small"
+    shutil.copytree(adapter, small)
+    stored = load_file(small / "adapter_model.safetensors")
+    save_file({k: 0.3 * v if "lora_B" in k else v for k, v in stored.items()}, small / "adapter_model.safetensors")
+    update, kept = updates(small), {}
+    for onto in ("original", "dequantised"):
+        folder = merge(config.model, config.data, small, tmp_path / onto, onto)
+        packed = requantise(config.model, config.data, folder, tmp_path / f"nf4-{onto}")
+        found = dequantised_weights(load_model(config.model, config.data, path=packed, compute_dtype="fp32").model)
+        along = sum(((found[m] - quantised_base[m]) * d).sum() for m, d in update.items())
+        kept[onto] = float(along / sum(d.square().sum() for d in update.values()))
+    print(kept)
+    assert abs(kept["original"] - 1) < 0.25
+    assert kept["dequantised"] < 0.5 * kept["original"]
+
+
 def test_folders_load_and_caption_without_raycap(merged, nf4):
     code = """
 import sys
