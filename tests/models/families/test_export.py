@@ -126,7 +126,9 @@ def test_folders_load_in_plain_transformers(case, config, merged, nf4):
         model = getattr(transformers, name).from_pretrained(folder)
         state, ours = model.state_dict(), load(config, folder, quantisation="none").model.state_dict()
         assert set(state) <= set(ours) and len(state) > 20
-        assert not [key for key, weight in state.items() if not torch.equal(weight, ours[key].to(weight.dtype))]
+        # What a packed weight says of itself names the dtype it is read in.
+        kept = {key: weight for key, weight in state.items() if not key.endswith("bitsandbytes__nf4")}
+        assert not [key for key, weight in kept.items() if not torch.equal(weight, ours[key].to(weight.dtype))]
         if case.family == "clip_llama":
             transformers.AutoTokenizer.from_pretrained(folder)
         else:
