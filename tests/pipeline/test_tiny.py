@@ -156,7 +156,7 @@ def outside_of_stair(run, told):
     inside, outside = told["outside"]["sets"]
     assert inside["images"] == SIZES["test"] and outside["images"] > 10
     assert Path(outside["source"]).name == "yj" and set(outside["metrics"]) == set(inside["metrics"]) >= {"cider"}
-    said = [row["references"][0] for row in read_jsonl(next((run / "outside").glob("*1.test.jsonl")))]
+    said = [row["references"][0] for row in read_jsonl(next((run / "outside").rglob("*.1.test.jsonl")))]
     assert len(said) == outside["images"] and all(text.endswith("。") for text in said)
 
 
