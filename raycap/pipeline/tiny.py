@@ -185,8 +185,10 @@ def beyond(plan: TinyPlan, run: Path, *, plain: bool = False) -> dict[str, Any]:
     from raycap.pipeline.evaluation import evaluate
     from raycap.pipeline.grid import evaluate_grid
 
-    config = dataclasses.replace(plan.config, run=dataclasses.replace(plan.config.run, dir=str(run)))
-    promoted, found = run / "best" / config.export.promote, {}
+    config, found = plan.config, {}
+    if not (plan.outside or config.evaluate.prompts):
+        return found
+    promoted = run / "best" / config.export.promote
     with connect(config):
         if plan.outside:
             found["outside"] = evaluate(
