@@ -18,7 +18,7 @@ raycap-pixels over the dataloader, a core. `prepare` is what the resizing cost b
 compared with the processor's on the originals.
 
 `memory` streams the pixels once more with an object store smaller than them, and holds what Ray's object store and this
-process took at most.
+process took at most: what is its own, and what it maps of the store's files, which the system takes back when it needs to.
 """
 
 from __future__ import annotations
@@ -365,11 +365,10 @@ def cpu_seconds() -> float:
 
 def memory(work: Work, shards_folder: Path, cache: Path) -> dict[str, Any]:
     """Stream the set through an object store smaller than it is."""
-    import psutil
     import ray
 
     found = {"set_bytes": work.rows * 3 * SIZE_PX * SIZE_PX, "object_store_bytes": STORE_BYTES}
-    most = {"object_store_used_bytes": 0, "spilled_bytes": 0, "rss_bytes": 0}
+    most = {"object_store_used_bytes": 0, "spilled_bytes": 0, "rss_anonymous_bytes": 0, "rss_file_bytes": 0}
     stop = threading.Event()
     ray.init(
         address="local", num_cpus=2, object_store_memory=STORE_BYTES, include_dashboard=False, log_to_driver=False,
@@ -387,19 +386,27 @@ def memory(work: Work, shards_folder: Path, cache: Path) -> dict[str, Any]:
                 for name, value in (
                     ("object_store_used_bytes", stats.object_store_bytes_used),
                     ("spilled_bytes", stats.spilled_bytes_total),
-                    ("rss_bytes", psutil.Process().memory_full_info().uss),
+                    *((f"{name}_bytes", size) for name, size in resident().items()),
                 ):
                     most[name] = max(most[name], int(value))
 
         watcher = threading.Thread(target=watch)
-        before = psutil.Process().memory_full_info().uss
+        before = resident()["rss_anonymous"]
         watcher.start()
         drain(raycap_epochs(work, shards_folder, cache), 1, work)
     finally:
         stop.set()
         watcher.join()
         ray.shutdown()
-    return {**found, **most, "rss_before_bytes": before}
+    return {**found, **most, "rss_anonymous_before_bytes": before}
+
+
+def resident() -> dict[str, int]:
+    """Bytes of this process in memory: its own, and those of files that it maps, which the system may take back."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return {
+        name: int(lines[key].split()[0]) * 1024 for name, key in (("rss_anonymous", "RssAnon"), ("rss_file", "RssFile"))
+    }
 
 
 if __name__ == "__main__":

@@ -44,17 +44,17 @@ def encode_stored(
 
 
 def decode_stored(data: bytes) -> np.ndarray:
-    """uint8 [C, H, W] of an image that `encode_stored` wrote."""
+    """uint8 [C, H, W] of an image that `encode_stored` wrote; a view that is not contiguous."""
     if data.startswith(b"P6\n"):
-        size, _, rest = data[3:].partition(b"\n255\n")
-        width, height = (int(n) for n in size.split())
-        array = np.frombuffer(rest, dtype=np.uint8).reshape(height, width, 3)
+        end = data.index(b"\n255\n")
+        width, height = (int(n) for n in data[3:end].split())
+        array = np.frombuffer(data, dtype=np.uint8, offset=end + 5).reshape(height, width, 3)
     else:
         from PIL import Image
 
         with Image.open(io.BytesIO(data)) as image:
             array = np.asarray(image.convert("RGB"))
-    return np.ascontiguousarray(array.transpose(2, 0, 1))
+    return array.transpose(2, 0, 1)
 
 
 def to_ppm(array: np.ndarray) -> bytes:

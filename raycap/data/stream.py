@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,12 +99,8 @@ def fill(store: Store, batches: Any, on_rows: Callable[[int], None] | None = Non
     came = 0
     try:
         for batch in _iterate(batches):
-            columns = _columns(batch)
+            pixels, columns = _pixels(batch), _columns(batch)
             rows = columns["row"]
-            pixels = [
-                np.frombuffer(raw, dtype=np.uint8).reshape([int(n) for n in shape])
-                for raw, shape in zip(columns["pixels"], columns["shape"])
-            ]
             store.put(
                 rows, pixels, columns["token_ids"], columns["prompt_lens"], columns["truncated"], columns["unknown"]
             )
@@ -217,21 +214,19 @@ def prepared_table(group: dict[str, Any], prepare_row: PrepareRow) -> pa.Table:
     Raises:
         DataError: the row group or one of its rows cannot be used.
     """
-    import pyarrow as pa
-
-    prepared = []
+    prepared, pixels = [], []
     for row in read_row_group(group):
         try:
             ready = prepare_row(row)
-            pixels = np.ascontiguousarray(ready["pixels"])
-            if pixels.dtype != np.uint8 or pixels.ndim != 3:
-                raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}, expected uint8 [C, H, W]")
+            image = np.asarray(ready["pixels"])
+            if image.dtype != np.uint8 or image.ndim != 3:
+                raise ValueError(f"pixels are {image.dtype} {list(image.shape)}, expected uint8 [C, H, W]")
+            pixels.append(image)
             prepared.append(
                 {
                     "row": row["row"],
                     "image_id": row["image_id"],
-                    "pixels": pixels.tobytes(),
-                    "shape": list(pixels.shape),
+                    "shape": list(image.shape),
                     "token_ids": [[int(t) for t in ids] for ids in ready["token_ids"]],
                     "prompt_lens": [int(n) for n in ready["prompt_lens"]],
                     "truncated": _total(ready.get("truncated")),
@@ -241,11 +236,17 @@ def prepared_table(group: dict[str, Any], prepare_row: PrepareRow) -> pa.Table:
         except Exception as error:
             place = f"shard {group['file']}, row group {group['row_group']}, row {row['row']}, image {row['image_id']}"
             raise DataError(f"{place}: cannot be prepared ({type(error).__name__}: {error})") from error
+    return _table(prepared, pixels)
+
+
+def _table(prepared: list[dict[str, Any]], pixels: list[np.ndarray]) -> pa.Table:
+    """Rows with their pixels, each image copied once."""
+    import pyarrow as pa
+
     columns = pa.schema(
         [
             ("row", pa.int64()),
             ("image_id", pa.string()),
-            ("pixels", pa.binary()),
             ("shape", pa.list_(pa.int32())),
             ("token_ids", pa.list_(pa.list_(pa.int32()))),
             ("prompt_lens", pa.list_(pa.int32())),
@@ -253,7 +254,30 @@ def prepared_table(group: dict[str, Any], prepare_row: PrepareRow) -> pa.Table:
             ("unknown", pa.int32()),
         ]
     )
-    return pa.Table.from_pylist(prepared, schema=columns)
+    offsets = np.cumsum([0, *(image.size for image in pixels)], dtype=np.int64)
+    data = np.empty(offsets[-1], dtype=np.uint8)
+    for image, begin, end in zip(pixels, offsets[:-1], offsets[1:]):
+        data[begin:end].reshape(image.shape)[...] = image
+    blob = pa.Array.from_buffers(pa.large_binary(), len(pixels), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+    return pa.Table.from_pylist(prepared, schema=columns).append_column("pixels", blob)
+
+
+def _pixels(batch: Any) -> list[np.ndarray]:
+    """The images of a batch, uint8 [C, H, W] each; of a table without a copy."""
+    if not hasattr(batch, "column"):
+        return [_image(raw, shape) for raw, shape in zip(batch["pixels"], batch["shape"])]
+    flat = []
+    for chunk in batch.column("pixels").chunks:
+        _, offsets, data = chunk.buffers()
+        wide = np.int64 if str(chunk.type).startswith("large") else np.int32
+        ends = np.frombuffer(offsets, dtype=wide)[chunk.offset : chunk.offset + len(chunk) + 1]
+        data = np.frombuffer(data, dtype=np.uint8)
+        flat += [data[begin:end] for begin, end in pairwise(ends)]
+    return [_image(raw, shape) for raw, shape in zip(flat, batch.column("shape").to_pylist())]
+
+
+def _image(raw: Any, shape: Sequence[int]) -> np.ndarray:
+    return np.frombuffer(raw, dtype=np.uint8).reshape([int(n) for n in shape])
 
 
 def _total(value: Any) -> int:
@@ -268,4 +292,5 @@ def _iterate(batches: Any) -> Iterable[Any]:
 
 
 def _columns(batch: Any) -> Mapping[str, Any]:
-    return batch.to_pydict() if hasattr(batch, "to_pydict") else batch
+    """All but the pixels."""
+    return batch.drop_columns(["pixels"]).to_pydict() if hasattr(batch, "to_pydict") else batch

@@ -33,6 +33,8 @@ Read = Callable[[list[dict[str, Any]]], Iterable[Any]]
 FREE_SHARE = 0.8
 """Of the free disk, what stores may take when no setting says."""
 _POLL_S = 0.2
+_CLOSE_S = 10.0
+"""How long closing waits for the table that is being read."""
 
 
 class WindowStore:
@@ -94,7 +96,8 @@ class WindowStore:
         self._plan: list[int] = []
         self._failure: BaseException | None = None
         self._closed = False
-        threading.Thread(target=self._load, name=f"window-{split}", daemon=True).start()
+        self._loader = threading.Thread(target=self._load, name=f"window-{split}", daemon=True)
+        self._loader.start()
 
     def _nameless(self, folder: Path) -> np.ndarray:
         shape = (self.capacity, ROW_GROUP_ROWS, *self.image_shape)
@@ -191,9 +194,12 @@ class WindowStore:
         )
 
     def close(self, error: BaseException | None = None) -> None:
+        """Stop reading; `error` is raised where rows are waited for."""
         with self._changed:
             self._failure, self._closed = error or self._failure, True
             self._changed.notify_all()
+        if threading.current_thread() is not self._loader:
+            self._loader.join(_CLOSE_S)  # what it reads through Ray shall have ended before Ray does
 
     def _at_hand(self, rows: np.ndarray, take: Callable[[], None], timeout_s: float = 600.0) -> None:
         """Call `take` at a moment when the groups of `rows` are all there, and none can leave."""

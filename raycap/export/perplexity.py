@@ -60,7 +60,8 @@ def reference_perplexity(
 
     def flush() -> None:
         nonlocal total, tokens, cut
-        coded = [cm.family.encode(cm.processor, c, cm.prompt, cm.max_text_tokens) for _, _, own in pending for c in own]
+        said = [caption for _, _, own in pending for caption in own]
+        coded = cm.family.encode_all(cm.processor, said, cm.prompt, cm.max_text_tokens)
         cut += sum(bool(c[2]) for c in coded)
         batch = cm.family.collate([c[0] for c in coded], [c[1] for c in coded], cm.family.pad_token(cm.processor))
         pixels = torch.from_numpy(np.stack([p for _, p, _ in pending]))

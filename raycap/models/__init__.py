@@ -170,7 +170,7 @@ class RowPreparer:
             with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
                 pixels = family.resize(processor, image.convert("RGB"))
         prompt = prompt_for(self.prompt, row.get("lang") or "")
-        coded = [family.encode(processor, c, prompt, self.max_text_tokens) for c in row["captions"]]
+        coded = family.encode_all(processor, row["captions"], prompt, self.max_text_tokens)
         unknown = family.unknown_token(processor)
         return {
             "row": row["row"],

@@ -158,23 +158,30 @@ class Family(ABC):
         """Ends every caption, and is learnt."""
         return processor.tokenizer.eos_token_id
 
-    def body(self, processor: Any, caption: str, prompt: str) -> list[int]:
-        """Token ids of the caption itself."""
-        return processor.tokenizer(caption, add_special_tokens=False)["input_ids"]
+    def bodies(self, processor: Any, captions: Sequence[str], prompt: str) -> list[list[int]]:
+        """Token ids of the captions themselves."""
+        return processor.tokenizer(list(captions), add_special_tokens=False)["input_ids"]
 
     def encode(self, processor: Any, caption: str, prompt: str, max_tokens: int) -> tuple[list[int], int, bool]:
-        """(token ids from the first to the end token, how many lead without a label, whether the caption was cut).
+        """`encode_all` of one caption."""
+        return self.encode_all(processor, [caption], prompt, max_tokens)[0]
+
+    def encode_all(
+        self, processor: Any, captions: Sequence[str], prompt: str, max_tokens: int
+    ) -> list[tuple[list[int], int, bool]]:
+        """Of each: (token ids from the first to the end token, how many lead without a label, whether it was cut).
 
         The end token is always there, and learnt. Raises ConfigError where `max_tokens` leaves no room for a caption.
         """
-        head, body = self.head(processor, prompt), self.body(processor, caption, prompt)
+        head, end = self.head(processor, prompt), self.end_token(processor)
         room = max_tokens - len(head) - 1
         if room < 1:
             raise ConfigError(
                 f"data.max_text_tokens={max_tokens} leaves no room for a caption: the prompt and the start and end "
                 f"tokens are {len(head) + 1} tokens"
             )
-        return [*head, *body[:room], self.end_token(processor)], len(head), len(body) > room
+        bodies = self.bodies(processor, captions, prompt)
+        return [([*head, *body[:room], end], len(head), len(body) > room) for body in bodies]
 
     def unknown_token(self, processor: Any) -> int | None:
         return getattr(processor.tokenizer, "unk_token_id", None)

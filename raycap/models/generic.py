@@ -96,12 +96,15 @@ class Generic(Family):
             raise ConfigError(f"family generic: the chat template puts {ids.count(image)} image tokens, expected one")
         return ids
 
-    def body(self, processor, caption, prompt):
+    def bodies(self, processor, captions, prompt):
         # With what the template puts between the question and the answer: often a space.
         begin = self._chat(processor, prompt)
-        whole = self._chat(processor, prompt, caption)
-        lead = whole[len(begin) :].partition(caption)[0] if caption and whole.startswith(begin) else ""
-        return processor.tokenizer(lead + caption, add_special_tokens=False)["input_ids"]
+        texts = []
+        for caption in captions:
+            whole = self._chat(processor, prompt, caption)
+            lead = whole[len(begin) :].partition(caption)[0] if caption and whole.startswith(begin) else ""
+            texts.append(lead + caption)
+        return processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def _chat(self, processor, prompt: str, answer: str | None = None) -> str:
         if not getattr(processor, "chat_template", None):

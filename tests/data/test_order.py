@@ -160,3 +160,20 @@ def test_in_windows_choices_share_their_images():
     epoch = np.concatenate([one.pairs(s) for s in range(5)])
     assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, samples(counts, "all").tolist()))
     assert (np.diff(groups[epoch[:, 0]]) != 0).sum() == 2
+
+
+@pytest.mark.parametrize(("count", "batch", "workers"), [(50, 12, 3), (37, 8, 2), (10, 16, 4)])
+def test_workers_that_take_every_nth_row_of_a_step_share_an_epoch(count, batch, workers):
+    """A step is a function of seed and step alone, so each worker works its share out; together they see what one sees."""
+    orders = [SampleOrder(count, batch, 7) for _ in range(workers)]
+    alone, epochs, steps = SampleOrder(count, batch, 7), 3, -(-3 * count // batch)
+    seen = []
+    for step in range(steps):
+        shares = [order.rows(step)[rank::workers] for rank, order in enumerate(orders)]
+        assert sorted(np.concatenate(shares)) == sorted(alone.rows(step))
+        together = np.empty(batch, dtype=np.int64)
+        for rank, share in enumerate(shares):
+            together[rank::workers] = share
+        seen += together.tolist()
+    for epoch in range(epochs):
+        assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))

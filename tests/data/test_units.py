@@ -244,3 +244,10 @@ def test_ppm_is_read_by_anybody():
     array = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(to_ppm(array)))), array)
     assert np.array_equal(decode_stored(to_ppm(array)), array.transpose(2, 0, 1))
+
+
+def test_a_node_that_does_not_share_the_folder_is_told(tmp_path):
+    work = units.CheckWork(tmp_path, lambda data: None)
+    elsewhere = lambda work, left: (unit["rows"] for unit in left)  # noqa: E731 - done, and its result is not here
+    with pytest.raises(DataError, match=r"checked-00000\.json was written on another node .* all nodes .* share"):
+        list(units.run_units(work, [{"number": "00000", "rows": 3, "places": []}], elsewhere, None, "images"))

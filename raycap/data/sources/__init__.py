@@ -6,6 +6,7 @@ A new source is a class with the shape of `base.Source`, built from `(settings, 
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ SOURCES: dict[str, str] = {}
 
 BUILT_IN = ("shapes",)
 """Sources that `data.source` names; all others are recognised by what lies in the folder."""
+
+_TABLES = (".jsonl", ".json", ".csv", ".parquet", ".xml")
+_SHOWN_BYTES = 1 << 26
+"""Up to this size a JSON file that no source knows is read to say what is wrong with it."""
 
 
 def register(name: str, target: str) -> None:
@@ -100,7 +105,27 @@ def open_source(settings: DataSettings, seed: int) -> Source:
 
 def _holds(place: Path) -> str:
     if place.is_file():
-        return f"is a file of {place.stat().st_size:,} bytes"
-    names = sorted(p.name + ("/" if p.is_dir() else "") for p in place.iterdir())
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"holds {', '.join(names[:5])}{more}" if names else "is an empty folder"
+        known = (name for name in SOURCES if name not in BUILT_IN and load_source(name).detect(place.parent))
+        near = next(known, "") if place.suffix in _TABLES else ""
+        more = f"; the folder that it lies in, {place.parent}, is read as '{near}': give that" if near else ""
+        return f"is a file of {place.stat().st_size:,} bytes{_inside(place)}{more}"
+    # What may hold captions first: a folder of ten thousand pictures says little.
+    files = sorted(place.iterdir(), key=lambda p: (p.suffix not in _TABLES, p.name))
+    names = [p.name + ("/" if p.is_dir() else _inside(p)) for p in files[:5]]
+    more = f" and {len(files) - 5:,} more" if len(files) > 5 else ""
+    return f"holds {', '.join(names)}{more}" if names else "is an empty folder"
+
+
+def _inside(file: Path) -> str:
+    """What a table holds, as far as a slip in it can be seen from that; "" for other files."""
+    from raycap.data.sources.csv_table import csv_header
+
+    if file.suffix == ".csv":
+        return f" (columns {', '.join(csv_header(file)) or 'none'})"
+    if file.suffix != ".json" or file.stat().st_size > _SHOWN_BYTES:
+        return ""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        return f" (cannot be read as JSON: {error})"
+    return f" (keys {', '.join(list(found)[:8])})" if isinstance(found, dict) else f" (a {type(found).__name__})"
