@@ -10,9 +10,13 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from raycap import __version__
 from raycap.cli.common import Parser
@@ -32,6 +36,8 @@ VERBS: dict[str, str] = {
     "serve": "raycap.cli.serve",
 }
 """Verb -> module with NAME, HELP, add_arguments(parser), run(args) -> exit code, and EXAMPLES for its help."""
+HERE = Path(__file__).resolve().parents[1]
+"""The package: where a warning of ours comes from."""
 ROOT_EXAMPLES = """\
 examples:
   raycap sweep shapes-git                            the whole job on the built-in set: minutes on two cores
@@ -88,8 +94,26 @@ def _run(arguments: list[str]) -> int:
     verb = load_verb(arguments[0])
     parser = Parser(prog=f"raycap {verb.NAME}", description=verb.HELP, examples=getattr(verb, "EXAMPLES", ""))
     verb.add_arguments(parser)
-    with stoppable():
+    with stoppable(), _notes():
         return verb.run(parser.read(arguments[1:])) or 0
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Print warnings of ours as a line for a person, without the place in the code where they arose."""
+    before = warnings.showwarning
+
+    def show(message: Any, category: Any, filename: str, *place: Any, **options: Any) -> None:
+        if issubclass(category, UserWarning) and HERE in Path(filename).parents:
+            print(f"note: {message}", file=sys.stderr)
+        else:
+            before(message, category, filename, *place, **options)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _root_parser() -> Parser:

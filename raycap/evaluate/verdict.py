@@ -67,16 +67,19 @@ def model_verdicts(
         }
     grouped = None if groups is None else [groups[i] for i in ids]
     rows: list[dict[str, Any]] = [{"name": n, "score": s.score, "signature": s.signature} for n, s in scored.items()]
-    tokens: dict[str, list[str]] = {}
+    split: list[list[str]] = []
+    ours: list[str] = []
     for row in rows[1:]:
         require_same(scored[first].signature, row["signature"], (first, row["name"]))
         options: dict[str, Any] = {"resamples": resamples, "seed": seed, "names": (first, row["name"])}
         if family == "bleu":
             tokenise = load_tokeniser(row["signature"].split("|tok:")[1].split("|")[0])
-            own = tokens.setdefault("", tokenise([r for i in ids for r in references[i]]))
-            cuts = np.cumsum([0, *(len(references[i]) for i in ids)])
-            split = [own[a:b] for a, b in itertools.pairwise(cuts)]
-            pair = [tokens.setdefault(n, tokenise([candidates[n][i] for i in ids])) for n in (first, row["name"])]
+            if not split:
+                own = tokenise([r for i in ids for r in references[i]])
+                cuts = np.cumsum([0, *(len(references[i]) for i in ids)])
+                split = [own[a:b] for a, b in itertools.pairwise(cuts)]
+                ours = tokenise([candidates[first][i] for i in ids])
+            pair = [ours, tokenise([candidates[row["name"]][i] for i in ids])]
             verdict = bleu_bootstrap(*pair, split, grouped, order=int(metric[-1]), **options)
         else:
             pair = [np.array([scored[n].per_image[i] for i in ids]) for n in (first, row["name"])]
@@ -84,6 +87,14 @@ def model_verdicts(
         row |= {k: getattr(verdict, k) for k in ("difference", "low", "high", "p", "sentence")}
     for row, adjusted in zip(rows[1:], holm([r["p"] for r in rows[1:]])):
         row["p_holm"] = adjusted
-        better = "better" if row["difference"] > 0 else "worse"
-        row["verdict"] = better if adjusted <= LEVEL else "cannot be told apart at this size"
+        apart = row["low"] > 0 or row["high"] < 0
+        if apart and adjusted <= LEVEL:
+            row["verdict"] = "better" if row["difference"] > 0 else "worse"
+            continue
+        row["verdict"] = "cannot be told apart at this size"
+        if apart:  # alone it would be told apart; the sentence must not say more than the verdict
+            row["sentence"] = (
+                f"{first} and {row['name']} cannot be told apart once all {len(rows) - 1} comparisons are counted (Holm): "
+                f"{title} {row['difference']:+.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+            )
     return rows

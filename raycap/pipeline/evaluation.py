@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,8 @@ def evaluate(
 
     `also` names further image sets (out of the domain that the model was trained in), each as `data.source` does;
     `zero_shot` has the base that `model.path` names do the same first. `exclude` is a reviewed file of flagged captions: its
-    images are left out of the figures of the first set, beside which those of the whole set stand.
+    images are left out of the figures of the first set, beside which those of the whole set stand (CIDEr of both by the
+    document frequencies of the whole).
 
     Returns: split, images, metrics {name: {score, signature}}, collapse, parameters, peak_memory_bytes; `excluded` {images,
     unknown, whole {images, metrics}} with `exclude`; `sets`, a row {source, model, images, metrics, collapse, parameters,
@@ -126,10 +128,13 @@ def _scored(
     def metrics(ids: Collection[str]) -> dict[str, Any]:
         if not names:
             return {}
-        found = score(
-            {i: captions[i] for i in ids}, {i: references[i] for i in ids}, names, lang=config.evaluate.lang,
-            images=images, clip=config.evaluate.clip,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            # All references give the document frequencies, so that both figures are on one scale.
+            warnings.filterwarnings("ignore", message=".*have no prediction and are not scored")
+            found = score(
+                {i: captions[i] for i in ids}, {i: references[i] for i in captions}, names, lang=config.evaluate.lang,
+                images=images, clip=config.evaluate.clip,
+            )  # fmt: skip
         return {name: {"score": s.score, "signature": s.signature} for name, s in found.items()}
 
     kept = [i for i in captions if i not in left_out]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -63,11 +65,16 @@ def test_only_empty_captions(needs_java):
     assert ptb_java([]) == []
 
 
-def test_nothing_is_written_into_the_installation(needs_java):
-    folder = java_module.package_file("tokenizer", "stanford-corenlp-3.4.1.jar").parent
-    before = sorted(folder.iterdir())
-    ptb_java(["a dog"])
-    assert sorted(folder.iterdir()) == before
+def test_nothing_is_written_into_the_installation(needs_java, monkeypatch, tmp_path):
+    """Into a copy of it: pycocoevalcap itself, which other tests run, does write into the true one."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    jar = Path(shutil.copy(java_module.package_file("tokenizer", "stanford-corenlp-3.4.1.jar"), folder))
+    folder.chmod(0o555)
+    monkeypatch.setattr(module, "package_file", lambda *parts: jar)
+    assert ptb_java(["A dog."]) == ["a dog"]
+    assert list(folder.iterdir()) == [jar]
+    folder.chmod(0o755)
 
 
 def test_a_caption_that_changes_the_number_of_lines_is_found_by_halving(monkeypatch):

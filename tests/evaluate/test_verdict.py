@@ -54,6 +54,15 @@ def test_whole_groups_are_drawn(candidates, golden):
     assert together["verdict"].startswith("cannot be told apart")
 
 
+def test_many_comparisons_take_a_verdict_back(candidates, golden):
+    """300 resamples show at best p = 1 / 301, which thirty comparisons lift above 5 %; the sentence says it too."""
+    many = {"ours": candidates["ours"], **{f"bad{n}": candidates["bad"] for n in range(30)}}
+    for row in model_verdicts(many, golden[1], resamples=300)[1:]:
+        assert row["high"] < 0 and row["p"] == 1 / 301 and row["p_holm"] == pytest.approx(30 / 301)
+        assert row["verdict"] == "cannot be told apart at this size"
+        assert "cannot be told apart once all 30 comparisons are counted (Holm): CIDEr -" in row["sentence"]
+
+
 def test_what_cannot_be_compared(candidates, golden):
     with pytest.raises(ConfigError, match="'distinct1' has no verdict"):
         model_verdicts(candidates, golden[1], metric="distinct1")

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 UP_S, JOB_S = 90, 420
 TINY = [
     "data.shapes_images=64,24,24", "train.steps=6", "train.batch=4", "train.warmup_steps=1", "train.val_images=12",
-    "tune.trials=2", "tune.slots=2", "evaluate.resamples=100", "evaluate.metrics=cider", "decode.max_new_tokens=6",
+    "tune.trials=2", "tune.slots=2", "tune.default_trial=false", "evaluate.resamples=100", "evaluate.metrics=cider",
+    "decode.max_new_tokens=6",
 ]  # fmt: skip
 
 

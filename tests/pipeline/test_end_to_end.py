@@ -103,8 +103,11 @@ def test_a_person_reviews_what_was_flagged_and_the_rest_is_scored(run, tmp_path,
     again = asked(capsys, *ask, "--exclude", tmp_path / "reviewed.jsonl", "evaluate.metrics=cider")
     assert again["images"] == 60 - len(out) and again["excluded"]["images"] == len(out)
     assert again["excluded"]["whole"]["metrics"]["cider"] == found["metrics"]["cider"]
-    kept = [row for row in read_jsonl(found["predictions"]) if row["image_id"] not in out]
-    assert again["metrics"]["cider"]["score"] == pytest.approx(cider(kept)[0], abs=1e-6)
+    each = cider(read_jsonl(found["predictions"]))[1]  # one scale: document frequencies of all images
+    kept = [score for image, score in each.items() if image not in out]
+    assert again["metrics"]["cider"]["score"] == pytest.approx(np.mean(kept), abs=1e-6)
+    signatures = [m["cider"]["signature"].split("|df:")[1].split("|")[0] for m in (again["metrics"], found["metrics"])]
+    assert signatures[0] == signatures[1]
 
 
 def test_a_grid_of_prompts_and_decodings(run, capsys):
