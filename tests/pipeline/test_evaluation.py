@@ -83,6 +83,8 @@ def test_a_reviewed_file_takes_images_out_and_both_figures_are_told(served, tmp_
     assert again["images"] == 9 and again["excluded"]["images"] == 1 and again["excluded"]["unknown"] == []
     assert again["excluded"]["whole"]["metrics"] == found["metrics"]
     assert again["metrics"]["cider"]["score"] > found["metrics"]["cider"]["score"]
+    df = [m["cider"]["signature"].split("|df:")[1].split("|")[0] for m in (again["metrics"], found["metrics"])]
+    assert df[0] == df[1]  # one scale with and without them
     write_jsonl(tmp_path / "kept.jsonl", [{**rows[0], "exclude": False}, {"image_id": "zz"}])
     kept = module.evaluate(config(), tmp_path / "winner", split="test", plain=True, exclude=tmp_path / "kept.jsonl")
     assert kept["metrics"] == found["metrics"] and kept["excluded"]["unknown"] == ["zz"]
