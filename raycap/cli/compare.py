@@ -18,9 +18,10 @@ examples:
   raycap compare results/shapes-git results/shapes-git-2
   raycap compare results/a results/b results/c --split val --variant adapter --json
   raycap compare results/a results/b --metric bleu4
+  raycap compare results/a results/b --out results/a-against-b
 
 Every run is compared with the first. Document frequencies come from the shared references, so that all runs are
-measured by one scale.
+measured by one scale. --out writes a report of them side by side (report.html, metrics.csv, plots as SVG and PNG).
 """
 PREFERRED = ("served", "merged", "adapter", "merged-nf4")
 
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--resamples", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", metavar="DIR", help="write a report, metrics.csv and plots there")
     add_json(parser)
 
 
@@ -47,8 +49,14 @@ def run(args: argparse.Namespace) -> int:
 
     runs = [load_run(require_folder(r, "a run folder")) for r in args.runs]
     found = compare(runs, args.split, args.variant, args.resamples, args.seed, args.metric)
+    report = None
+    if args.out:
+        from raycap.places import kept
+        from raycap.report.comparison import write_comparison
+
+        report = write_comparison(kept(args.out), runs, found, args.command)
     if args.json:
-        print_json(found)
+        print_json({**found, **({"report": report.as_posix()} if report else {})})
         return 0
     print(f"{found['variant']} captions on {found['images']:,} {found['split']} pictures that all runs have")
     for warning in found["warnings"]:
@@ -63,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     for row in found["runs"][1:]:
         print(row["sentence"])
     print(f"signature: {found['signature']}")
+    if report:
+        print(f"report: {report.as_posix()}")
     return 0
 
 
