@@ -52,6 +52,8 @@ def figures(data: ReportData) -> dict[str, tuple[str, str]]:
                 drawn[f"effect-{key}"] = chart
         if chart := heat_map(found):
             drawn["heat-rank-lr"] = chart
+        if chart := trials_over_memory(found, data.best_trial):
+            drawn["trials-over-memory"] = chart
     test = {v: scored["cider"]["score"] for v, scored in data.metrics.get("test", {}).items() if "cider" in scored}
     points = [(v, data.weights_bytes[v], s) for v, s in test.items() if v in data.weights_bytes and known(s)]
     if len({size for _, size, _ in points}) > 1:
@@ -176,6 +178,24 @@ def over_memory(
         axes.set_ylabel(y_label)
 
     return caption, draw, MEMORY_IN
+
+
+def trials_over_memory(found: FirstRung, best: str) -> Chart | None:
+    """A dot a trial: what training it alone is predicted to take of a GPU; None where that is not known."""
+    there = [n for n, t in enumerate(found.trials) if known(t.get("memory_bytes"))]
+    sizes = [found.trials[n]["memory_bytes"] / 2**30 for n in there]
+    if len(set(sizes)) < 2:
+        return None
+
+    def draw(axes: Any) -> None:
+        for n, size in sorted(zip(there, sizes), key=lambda pair: found.trials[pair[0]]["trial_id"] == best):
+            mine = found.trials[n]["trial_id"] == best
+            axes.scatter([size], [found.values[n]], s=36 if mine else 18, color=WINNER if mine else FINISHED, linewidths=0,
+                         gid=gid(found.trials[n]), zorder=4 if mine else 2)  # fmt: skip
+        axes.set_xlabel("predicted memory of training it alone, GiB")
+        axes.set_ylabel(f"{NAMES[found.key]}, step {found.step:,}")
+
+    return f"Trials: {NAMES[found.key]} over memory", draw, MEMORY_IN
 
 
 def intervals(rows: Sequence[Mapping[str, Any]], caption: str, x_label: str) -> Chart:

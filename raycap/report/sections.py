@@ -175,10 +175,10 @@ def effects(data: ReportData, drawn: Drawn) -> str:
 
 
 def memory(drawn: Drawn) -> str:
-    shown = {k: v for k, v in drawn.items() if k == "cider-over-memory"}
+    shown = {k: v for k, v in drawn.items() if k.endswith("over-memory")}
     if not shown:
         return ""
-    note = ("Weights as they are stored, of each model that was scored; activations and the cache of the decoder come on top. "
+    note = ("Weights as they are stored, of each model that was scored; activations and the decoder's cache come on top. "
             "What training took is under Cost.")  # fmt: skip
     return f'<p class="note">{note}</p>' + figures_of(shown, "wide")
 

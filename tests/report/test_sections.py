@@ -92,3 +92,14 @@ def test_weights_are_what_lies_on_disk(tmp_path):
                      "served": 4_000_000}  # fmt: skip
     assert weights_bytes(tmp_path, {"model": {"quantisation": "none"}, "export": {}})["adapter"] == 4_070_000
     assert weights_bytes(tmp_path / "best", nf4) == {}
+
+
+def test_trials_stand_over_their_memory_where_it_is_known(run_folder):
+    from raycap.report.charts import figures
+
+    data = report_data(load_run(run_folder))
+    assert "trials-over-memory" not in figures(data)
+    weighed = [{**t, "memory_bytes": (n + 1) * 2**30} for n, t in enumerate(data.trials)]
+    caption, svg = figures(dataclasses.replace(data, trials=weighed))["trials-over-memory"]
+    assert caption == "Trials: CIDEr over memory" and svg.count('class="trial"') == 3  # t03 has no score
+    assert "Trials: CIDEr over memory" in render(dataclasses.replace(data, trials=weighed))
