@@ -109,20 +109,21 @@ def trials(data: ReportData) -> str:
     if not data.trials:
         return ""
     ordered = sorted(data.trials, key=lambda t: -(t["cider"] if _finite(t.get("cider")) else -1.0))
+    weighed = any(t.get("memory_bytes") for t in ordered)
     # As wide as the best one's interval, so that no bar's end is cut.
     top = max((t["cider"] + 1.96 * (t["cider_se"] if _finite(t.get("cider_se")) else 0.0) for t in ordered
                if _finite(t.get("cider"))), default=0.0)  # fmt: skip
     columns = (
         *(("trial", "l", ""), ("state", "l", ""), ("CIDEr", "", "descending"), ("rank", "", ""), ("alpha", "", "")),
         *(("scale", "", ""), ("lr", "", ""), ("dropout", "", ""), ("steps", "", "descending"), ("val loss", "", "")),
-        *(("time", "", "descending"), ("note", "l", "")),
+        *(("time", "", "descending"), *((("memory", "", ""),) if weighed else ()), ("note", "l", "")),
     )
     head = ""
     for name, side, first in columns:
         sort = ' aria-sort="descending"' if name == "CIDEr" else ""
         attributes = (f' class="{side}"' if side else "") + (f' data-first="{first}"' if first else "") + sort
         head += f'<th{attributes}><button type="button">{name}</button></th>'
-    rows = [_trial_row(data, t, top) for t in ordered]
+    rows = [_trial_row(data, t, top, weighed) for t in ordered]
     states = ", ".join(f"{n} {s}" for s, n in Counter(t["state"] for t in data.trials).most_common())
     collapsed = sum(bool((t.get("collapse") or {}).get("collapsed")) for t in data.trials)
     note = f"{states}. CIDEr ± its standard error on validation images, at each trial's best rung; the line on a bar is 95 %."
@@ -134,7 +135,7 @@ def trials(data: ReportData) -> str:
     return f'<p class="note">{note}</p>' + scrolled(head, rows, f"sortable{tall}")
 
 
-def _trial_row(data: ReportData, t: Mapping[str, Any], top: float) -> str:
+def _trial_row(data: ReportData, t: Mapping[str, Any], top: float, weighed: bool) -> str:
     best = t["trial_id"] == data.best_trial
     together = bool(t.get("not_separable")) or t["trial_id"] in (data.separation.get("together") or ())
     pill = f'<span class="pill {STATE_LOOK.get(t["state"], "")}">{escape(t["state"])}</span>'
@@ -173,6 +174,7 @@ def _trial_row(data: ReportData, t: Mapping[str, Any], top: float) -> str:
         (t["steps"], f"{t['steps']:,}"),
         (t.get("val_loss"), number(t.get("val_loss"))),
         (t.get("seconds"), duration(t.get("seconds"))),
+        *(((t.get("memory_bytes"), size(t["memory_bytes"]) if t.get("memory_bytes") else "–"),) if weighed else ()),
     )
     return (
         f'<tr{row}><th scope="row">{escape(t["trial_id"])}</th><td class="l">{pill}</td>'

@@ -102,4 +102,5 @@ def test_trials_stand_over_their_memory_where_it_is_known(run_folder):
     weighed = [{**t, "memory_bytes": (n + 1) * 2**30} for n, t in enumerate(data.trials)]
     caption, svg = figures(dataclasses.replace(data, trials=weighed))["trials-over-memory"]
     assert caption == "Trials: CIDEr over memory" and svg.count('class="trial"') == 3  # t03 has no score
-    assert "Trials: CIDEr over memory" in render(dataclasses.replace(data, trials=weighed))
+    page = render(dataclasses.replace(data, trials=weighed))
+    assert caption in page and "2.00 GiB" in page and ">memory<" in page and ">memory<" not in render(data)
