@@ -174,6 +174,7 @@ def over_memory(
                 _cut(name, 34), (x, y), (x + 0.05 * width, at), va="center", fontsize=8.5, color=INK,
                 arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 2},
             )  # fmt: skip
+        axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel(f"{x_label}, {'GiB' if gib else 'MiB'}")
         axes.set_ylabel(y_label)
 
@@ -210,6 +211,7 @@ def intervals(rows: Sequence[Mapping[str, Any]], caption: str, x_label: str) -> 
             axes.plot([row["difference"]], [n], "o", color=colour, markersize=5)
         axes.set_yticks(range(len(rows)), [_cut(row["name"], 28) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(axis="x", visible=True)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(x_label)

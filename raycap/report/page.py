@@ -26,6 +26,7 @@ h2{font-size:1.15rem;margin:52px 0 4px;letter-spacing:-.005em}
 h3{font-size:.95rem;margin:0 0 6px}
 h3.gap{margin-top:30px}
 .figures.gap{margin-top:22px}
+.note code{overflow-wrap:anywhere}
 .note{color:var(--muted);font-size:.9rem;margin:0 0 14px;max-width:46rem}
 a{color:var(--accent)}
 nav{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:.9rem;padding:10px 0;
