@@ -6,7 +6,7 @@ import html
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--panel:#f6f7f9;--ink:#1b1f24;--muted:#5f6875;--line:#dfe3e8;--accent:#1f5fd0;
---accent-soft:#dce8fb;--finished:#7b98c9;--stopped:#b4bac4;--good:#1a7f4b;--good-soft:#ddf3e6;--bad:#c0322a;
+--accent-soft:#dce8fb;--finished:#7b98c9;--stopped:#b4bac4;--good:#166f41;--good-soft:#ddf3e6;--bad:#c0322a;
 --bad-soft:#fbe3e1;--warn:#8a5a00;--warn-soft:#fbeecb}
 @media (prefers-color-scheme:dark){:root{--bg:#14171b;--panel:#1c2026;--ink:#e5e8ec;--muted:#9aa3af;--line:#30363e;
 --accent:#79a7ff;--accent-soft:#22345a;--finished:#5f7db3;--stopped:#59616c;--good:#62d39a;--good-soft:#173b2a;

@@ -49,7 +49,7 @@ CONTRAST = """(() => {
   const walk = document.createTreeWalker(document.querySelector('body'), NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
     const e = walk.currentNode.parentElement;
-    if (!walk.currentNode.textContent.trim() || ['SCRIPT', 'STYLE', 'TITLE', 'title'].includes(e.tagName)) continue;
+    if (!walk.currentNode.textContent.trim() || ['SCRIPT', 'STYLE', 'style', 'TITLE', 'title'].includes(e.tagName)) continue;
     const look = getComputedStyle(e), under = ground(e);
     const ink = over(rgba(e.closest('svg') ? look.fill : look.color), under);
     const [a, b] = [light(ink), light(under)].sort((x, y) => y - x);
