@@ -245,7 +245,7 @@ def _lines(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> Draw:
             colour, style = LINES[n % len(LINES)]
             axes.plot(*zip(*points), color=colour, linestyle=style, linewidth=1.6, marker="o", markersize=3)
             axes.annotate(name if len(name) <= 24 else f"{name[:23]}…", points[-1], (1.04 * last, at), fontsize=8.5,
-                          color=colour, va="center")  # fmt: skip
+                          color=colour if colour in (WINNER, BAD, INK) else MUTED, va="center")  # fmt: skip
         axes.set_xlim(0, last * 1.55)  # room for the names
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("CIDEr")
