@@ -207,6 +207,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"tune.grace_steps={c.tune.grace_steps} must lie between 0 and train.steps={c.train.steps}")
     if c.evaluate.clip and "clipscore" not in c.evaluate.metrics:
         raise ConfigError(f"evaluate.clip={c.evaluate.clip!r} has no effect without clipscore in evaluate.metrics")
+    if c.tune.memory_limit_bytes < 0:
+        raise ConfigError(f"tune.memory_limit_bytes={c.tune.memory_limit_bytes} must be at least 0 (0: no limit)")
     if c.tune.confirm_seeds == 1 or c.tune.confirm_seeds < 0:
         raise ConfigError(
             f"tune.confirm_seeds={c.tune.confirm_seeds} must be 0, or at least 2 to show how seeds differ"
@@ -237,6 +239,8 @@ def check(config: Config) -> None:
             f"decode.do_sample with decode.num_beams={c.decode.num_beams}: sampled beams depend on what is decoded together; "
             "take one of them, or `raycap evaluate --grid decode=beam-sample`, which decodes in a fixed order"
         )
+    if c.model.double_quantisation and c.model.quantisation != "nf4":
+        raise ConfigError(f"model.double_quantisation has no effect with model.quantisation={c.model.quantisation}")
     if c.model.materialise and c.model.quantisation == "none":
         raise ConfigError("model.materialise has no effect with model.quantisation=none")
 

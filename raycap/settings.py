@@ -85,6 +85,8 @@ class ModelSettings:
     path: str = "builtin:tiny-git"
     """A hub id, a local folder in the hub's layout, or builtin:tiny-git."""
     quantisation: Literal["nf4", "none"] = "nf4"
+    double_quantisation: bool = False
+    """NF4 whose scales are quantised too: 0.37 bits a weight less, and other weights."""
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the device computes in it, else fp16 with loss scaling on a GPU and fp32 on a CPU."""
     materialise: bool = False
@@ -172,6 +174,8 @@ class TuneSettings:
     """Train the settings as they stand too, as one more trial that is never pruned: the winner is compared with it."""
     prune_collapsed: bool = False
     """Stop a trial whose captions have collapsed at a rung, whatever its score."""
+    memory_limit_bytes: int = 0
+    """Trials that would take more of a GPU alone, as predicted, are trained but cannot win (0: no limit)."""
     confirm_seeds: int = 0
     """Train the best settings again with so many other seeds, for a verdict on the settings (0: adapters alone)."""
     confirm_top: int = 2

@@ -170,14 +170,18 @@ def fetch(place: str, settings: list[str]) -> None:
 def dry_run(config: Config, *, as_json: bool) -> int:
     """Print the resolved settings, the trials and what they would cost; nothing is loaded or written."""
     from raycap.report.ledger import choose_run_dir
-    from raycap.report.predict import predict
+    from raycap.report.predict import memory_lines, predict
+    from raycap.train.memory import plan
     from raycap.tune.space import sweep_trials
 
-    trials = [t.to_dict() | {"scale": t.scale} for t in sweep_trials(config)]
+    specs = sweep_trials(config)
+    trials = [t.to_dict() | {"scale": t.scale} for t in specs]
     folder = choose_run_dir(config, claim=False)
     cost = predict(config)
+    memory = plan(config, specs)
     if as_json:
-        print_json({"config": config.to_dict(), "trials": trials, "folder": str(folder), "predicted": cost})
+        shown = {"config": config.to_dict(), "trials": trials, "folder": str(folder), "predicted": cost}
+        print_json({**shown, "memory": memory})
         return 0
     import yaml
 
@@ -186,6 +190,7 @@ def dry_run(config: Config, *, as_json: bool) -> int:
     print(f"\nfolder: {folder}")
     for name, text in cost.items():
         print(f"{name}: {text}")
+    print("\n".join(memory_lines(memory)))
     return 0
 
 

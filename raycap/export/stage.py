@@ -82,13 +82,14 @@ def export_stage(
     worst: str | None = None,
     worst_ids: Sequence[str] = (),
     facts: dict[str, Any] | None = None,
+    memory: bool = False,
     threads: int = 0,
     say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Caption val and test with the base and the winner, merge, gate, and caption test with what came out.
 
     Returns: captions {split: {variant: {image_id: caption}}}, gate (its dict), refused (the gate's message or ""),
-    seconds {phase: s}. `default` is the adapter of the preset's own settings, captioned as the winner is. `worst` is a
+    seconds {phase: s}, memory {trial: bytes} (with `memory`, where it can be predicted). `default` is the adapter of the preset's own settings, captioned as the winner is. `worst` is a
     trial's adapter whose captions of the test images `worst_ids` are wanted for the report; it is not scored.
     """
     import torch
@@ -164,7 +165,18 @@ def export_stage(
         model = Captioner.load(config, folder / "best" / variant)
         captions["test"][variant] = caption_split(model, shards, "test")
     timed("merged", began)
-    return {"captions": captions, "gate": gate, "refused": refused, "seconds": seconds}
+    return {"captions": captions, "gate": gate, "refused": refused, "seconds": seconds,
+            "memory": _memory(settings) if memory else {}}  # fmt: skip
+
+
+def _memory(settings: dict[str, Any]) -> dict[str, int]:
+    """What each trial takes of a GPU alone, for the report; nothing, where that cannot be told."""
+    from raycap.tune.memory import trial_memory
+
+    try:
+        return trial_memory(settings)
+    except Exception:  # a model of somebody's own: no figure is no reason to lose a run
+        return {}
 
 
 def facts_dict(facts: CardFacts) -> dict[str, Any]:

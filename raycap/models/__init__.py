@@ -105,8 +105,9 @@ def load_model(
     remote = model.trust_remote_code
     try:
         loaded, kind = load_weights(
-            family, place, quantisation or model.quantisation, dtype, where, trust_remote_code=remote
-        )
+            family, place, quantisation or model.quantisation, dtype, where, trust_remote_code=remote,
+            double=model.double_quantisation,
+        )  # fmt: skip
         processor = family.load_processor(place, trust_remote_code=remote)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"{place} cannot be loaded as a model of family {family.name}: {error}") from error

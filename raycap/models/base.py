@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from raycap.config import DecodeSettings, LoraSettings, ModelSettings
-from raycap.errors import ConfigError, did_you_mean
+from raycap.errors import ConfigError, ModelError, did_you_mean
 from raycap.files import sha256_json
 from raycap.models.decoding import batch_options
 
@@ -70,6 +70,8 @@ class Family(ABC):
     """Whether features are those behind the projector, so that nothing in it may train where they are stored."""
     full_file = ""
     """File beside an adapter for modules that are trained in full; empty: in the adapter itself, as peft keeps them."""
+    one_placeholder = False
+    """Whether `head` holds one token that stands for the image."""
     packs_vision = True
     """Whether several slots can train an adapter in the tower together."""
 
@@ -99,6 +101,23 @@ class Family(ABC):
     @abstractmethod
     def load_weights(self, path: str, **options: Any) -> nn.Module:
         """The model through its own class's from_pretrained."""
+
+    def build(self, config: Any) -> nn.Module:
+        """The model that `config` describes, as `load_weights` leaves one, without anybody's weights in it."""
+        raise ModelError(f"family {self.name} cannot build a model from its configuration alone")
+
+    def read_config(self, path: str, *, trust_remote_code: bool = False) -> Any:
+        """The model's configuration: one that raycap knows by its hub id, else what the folder or the hub has."""
+        return read_config(path, trust_remote_code=trust_remote_code)
+
+    def blank_images(self, config: Any, count: int) -> torch.Tensor:
+        """Pixel values of `count` images without content, as large as the model takes them."""
+        size = config.vision_config.image_size
+        return torch.zeros(count, 3, size, size)
+
+    def blank_head(self, config: Any, length: int) -> list[int]:
+        """Token ids as `head` gives them, of no meaning but the image's."""
+        return [config.image_token_id, *[1] * (length - 1)] if self.one_placeholder else [1] * length
 
     def load_processor(self, path: str, *, trust_remote_code: bool = False) -> Any:
         from transformers import AutoProcessor
@@ -276,6 +295,24 @@ class Family(ABC):
     @abstractmethod
     def generate(self, cm: CaptionModel, images: torch.Tensor, decode: DecodeSettings) -> list[str]:
         """A caption for each of `images` (pixel values or features), decoded after the model's prompt, KV cache on."""
+
+
+def read_config(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of the model in `path`: one of raycap.models.known, else a folder's or the hub's.
+
+    Raises:
+        ModelError: it is neither here nor can it be fetched.
+    """
+    from transformers import AutoConfig
+
+    from raycap.models.known import KNOWN
+
+    if path in KNOWN:
+        return AutoConfig.for_model(**KNOWN[path])
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the configuration of {path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def head_at_labels(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> LabelLogits:

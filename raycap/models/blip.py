@@ -30,6 +30,11 @@ class Blip(Family):
 
         return BlipForConditionalGeneration.from_pretrained(path, **options)
 
+    def build(self, config):
+        from transformers import BlipForConditionalGeneration
+
+        return BlipForConditionalGeneration(config)
+
     # --- text ---------------------------------------------------------------------------------------------------------
 
     def head(self, processor, prompt):

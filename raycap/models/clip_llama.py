@@ -14,7 +14,16 @@ import torch
 from torch import nn
 
 from raycap.errors import ModelError
-from raycap.models.base import Family, LabelLogits, evaluating, float_dtype, generate_options, head_at_labels, tiled
+from raycap.models.base import (
+    Family,
+    LabelLogits,
+    evaluating,
+    float_dtype,
+    generate_options,
+    head_at_labels,
+    read_config,
+    tiled,
+)
 
 PROJECTED = 512
 VISION = "openai/clip-vit-base-patch32"
@@ -43,20 +52,13 @@ class ClipLlama(Family):
 
         model = AutoModelForCausalLM.from_pretrained(path, **options)
         dtype, device = float_dtype(model.lm_head), model.lm_head.weight.device
-        hidden = model.get_input_embeddings().weight.shape[1]
         saved = getattr(model.config, "graft", None)
         if saved:  # written by save_pretrained of a model that was put together here
             tower = CLIPVisionModel(CLIPVisionConfig(**saved["vision"]))
         else:
             tower = CLIPVisionModel.from_pretrained(self.settings.vision_path or VISION)
             model.config.graft = {"vision": tower.config.to_dict()}
-        model.vision_tower = tower
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # where the graft is not trained yet, every process begins with the same
-            torch.manual_seed(0)
-            model.projector = nn.Linear(tower.config.hidden_size, PROJECTED)
-            model.gate = nn.Linear(PROJECTED, hidden)
+        _graft(model, tower)
         if saved:
             _read_parts(model, path)
         if self.settings.graft_path:
@@ -64,6 +66,24 @@ class ClipLlama(Family):
         for part in PARTS:
             getattr(model, part).to(device, dtype)
         return model
+
+    def read_config(self, path, *, trust_remote_code=False):
+        config = super().read_config(path, trust_remote_code=trust_remote_code)
+        if not getattr(config, "graft", None):
+            vision = read_config(self.settings.vision_path or VISION)
+            config.graft = {"vision": getattr(vision, "vision_config", vision).to_dict()}
+        return config
+
+    def build(self, config):
+        from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+
+        model = AutoModelForCausalLM.from_config(config)
+        _graft(model, CLIPVisionModel(CLIPVisionConfig(**config.graft["vision"])))
+        return model
+
+    def blank_images(self, config, count):
+        size = config.graft["vision"]["image_size"]
+        return torch.zeros(count, 3, size, size)
 
     def load_processor(self, path, *, trust_remote_code=False):
         from transformers import AutoTokenizer, CLIPImageProcessor
@@ -120,6 +140,15 @@ class ClipLlama(Family):
         images = images.to(cm.device, float_dtype(cm.model.vision_tower))
         features = images if images.dim() == 3 else self._cls(cm, images)
         return cm.model.gate(cm.model.projector(features))
+
+
+def _graft(model: nn.Module, tower: nn.Module) -> None:
+    """Hang the tower, and a projector and a gate that are not trained yet, on the language model."""
+    model.vision_tower = tower
+    with torch.random.fork_rng(devices=[]):  # every process begins with the same
+        torch.manual_seed(0)
+        model.projector = nn.Linear(tower.config.hidden_size, PROJECTED)
+        model.gate = nn.Linear(PROJECTED, model.get_input_embeddings().weight.shape[1])
 
 
 class GraftProcessor:

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from raycap.errors import ConfigError, ModelError
 from raycap.models.base import Family, LabelLogits, evaluating, float_dtype, generate_options, head_at_labels, tiled
@@ -19,7 +20,7 @@ PROJECTORS = ("multi_modal_projector", "connector")
 
 class Generic(Family):
     name = "generic"
-    stores_projected = True
+    stores_projected = one_placeholder = True
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
@@ -46,8 +47,6 @@ class Generic(Family):
         raise ModelError(f"{type(model).__name__} has none of {', '.join(names)}: it needs a family of its own")
 
     def load_weights(self, path, **options):
-        from transformers import AutoModelForImageTextToText
-
         if options.get("trust_remote_code"):
             print(f"WARNING: running the code that came with {path} (model.trust_remote_code=true)", file=sys.stderr)
         model = AutoModelForImageTextToText.from_pretrained(path, **options)
@@ -56,6 +55,9 @@ class Generic(Family):
         if any("expert" in name for name, _ in model.named_modules()):
             raise ModelError(f"{type(model).__name__} is a mixture of experts, which packs do not train")
         return model
+
+    def build(self, config):
+        return AutoModelForImageTextToText.from_config(config)
 
     # --- images -------------------------------------------------------------------------------------------------------
 
@@ -109,8 +111,7 @@ class Generic(Family):
     def _chat(self, processor, prompt: str, answer: str | None = None) -> str:
         if not getattr(processor, "chat_template", None):
             raise ModelError(f"family generic: {type(processor).__name__} has no chat template")
-        content = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
-        chat = [{"role": "user", "content": content}]
+        chat = [{"role": "user", "content": [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]}]
         if answer is not None:
             chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return processor.apply_chat_template(chat, add_generation_prompt=answer is None, tokenize=False)

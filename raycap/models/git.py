@@ -40,6 +40,14 @@ class Git(Family):
         model = GitForCausalLM.from_pretrained(path, **options)
         if model.config.num_image_with_embedding is not None:
             raise ConfigError(f"{path} is a GIT for videos; raycap captions single images")
+        return self._taking_features(model)
+
+    def build(self, config):
+        from transformers import GitForCausalLM
+
+        return self._taking_features(GitForCausalLM(config))
+
+    def _taking_features(self, model):
         model.git.image_encoder.requires_grad_(False)
         # Another class of the same module, not a module around it: the tower's paths stay those that plain peft knows.
         encoder = model.git.image_encoder

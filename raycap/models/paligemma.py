@@ -33,6 +33,11 @@ class PaliGemma(Family):
 
         return PaliGemmaForConditionalGeneration.from_pretrained(path, **options)
 
+    def build(self, config):
+        from transformers import PaliGemmaForConditionalGeneration
+
+        return PaliGemmaForConditionalGeneration(config)
+
     # --- text ---------------------------------------------------------------------------------------------------------
 
     def head(self, processor, prompt):

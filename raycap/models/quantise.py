@@ -24,7 +24,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_weights(
-    family: Any, path: str, quantisation: str, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool
+    family: Any,
+    path: str,
+    quantisation: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trust_remote_code: bool,
+    double: bool = False,
 ) -> tuple[nn.Module, str]:
     """The model in `path` on `device`, computing in `dtype`, and how it is quantised: "nf4" or "none".
 
@@ -50,6 +57,7 @@ def load_weights(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=double,
             # A list of one's own switches the default one off, so the family's names the head too.
             llm_int8_skip_modules=family.skip_modules(config),
         )
@@ -58,6 +66,30 @@ def load_weights(
         return family.load_weights(path, dtype=dtype, **options).to(device), "none"
     _settle(model, dtype)
     return model, "nf4"
+
+
+def packed_paths(model: nn.Module, family: Any, config: Any, quantisation: str) -> list[str]:
+    """Full paths of the linears that transformers would quantise in `model`, of whose weights nothing need be there."""
+    if quantisation == "none":
+        return []
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    skipped = family.skip_modules(config)
+    return [n for n, m in model.named_modules() if type(m) is nn.Linear and should_convert_module(n, skipped)]
+
+
+def packed_bytes(outputs: int, inputs: int, quantisation: str, *, double: bool = False) -> list[int]:
+    """Sizes of the tensors in which bitsandbytes keeps a weight [O, I].
+
+    NF4: two codes a byte, a scale for 64 of them and the 16 values that codes stand for; with double quantisation
+    (Dettmers et al. 2023) scales are bytes, with a scale of their own for 256 of them. int8: a byte, and a scale a row.
+    """
+    count = outputs * inputs
+    if quantisation == "int8":
+        return [count, 4 * outputs]
+    scales = -(-count // 64)
+    packed = [-(-count // 2), 64]
+    return [*packed, scales, 4 * -(-scales // 256), 4 * 256, 4] if double else [*packed, 4 * scales]
 
 
 def quantised_linears(model: nn.Module) -> dict[str, nn.Module]:

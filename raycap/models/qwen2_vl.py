@@ -25,10 +25,14 @@ from raycap.models.base import (
     tiled,
 )
 
+MAX_PIXELS = 12_845_056
+"""Of the processors that come with the models, where `model.max_pixels` does not say otherwise."""
+
 
 class Qwen2VL(Family):
     name = "qwen2_vl"
     uses = frozenset({"min_pixels", "max_pixels"})
+    one_placeholder = True
     packs_vision = False
 
     # --- parts --------------------------------------------------------------------------------------------------------
@@ -47,13 +51,21 @@ class Qwen2VL(Family):
         return model.model.visual
 
     def load_weights(self, path, **options):
-        from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+        from transformers import AutoConfig
 
-        kind = AutoConfig.from_pretrained(path).model_type
-        classes = {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
-        if kind not in classes:
-            raise ValueError(f"its model_type is {kind}, expected one of {', '.join(classes)}")
-        return classes[kind].from_pretrained(path, **options)
+        return _class_of(AutoConfig.from_pretrained(path)).from_pretrained(path, **options)
+
+    def build(self, config):
+        return _class_of(config)(config)
+
+    def blank_images(self, config, count):
+        vision = config.vision_config
+        unit = vision.patch_size * vision.spatial_merge_size
+        groups = (self.settings.max_pixels or MAX_PIXELS) // unit**2
+        width = 3 * vision.temporal_patch_size * vision.patch_size**2
+        made = torch.zeros(count, 1, 1 + groups * vision.spatial_merge_size**2, width)
+        made[:, 0, 0, :2] = torch.tensor([1.0, groups])
+        return made
 
     def load_processor(self, path, *, trust_remote_code=False):
         processor = super().load_processor(path, trust_remote_code=trust_remote_code)
@@ -176,7 +188,8 @@ class Qwen2VL(Family):
         features = images if images.dim() == 3 else self._features(cm, images)
         # All G of them, the empty ones too: a pack's slots are equal blocks of rows then, whatever images they hold.
         groups = features[:, 1:].reshape(-1, visual.merger.ln_q.weight.shape[0])
-        return visual.merger(groups).view(len(features), features.shape[1] - 1, -1), _sizes(features)
+        sizes = _sizes(images[:, 0] if images.dim() == 4 else images)
+        return visual.merger(groups).view(len(features), features.shape[1] - 1, -1), sizes
 
     def _inputs(self, cm, ids, merged, sizes) -> dict:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -189,6 +202,15 @@ class Qwen2VL(Family):
             "image_grid_thw": grid,
             "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=each)},
         }
+
+
+def _class_of(config):
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+
+    classes = {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
+    if config.model_type not in classes:
+        raise ValueError(f"its model_type is {config.model_type}, expected one of {', '.join(classes)}")
+    return classes[config.model_type]
 
 
 def _sizes(rows: torch.Tensor) -> torch.Tensor:

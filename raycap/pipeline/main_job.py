@@ -103,11 +103,13 @@ class _Run:
         """Further keys of run.json."""
         self.note = ""
         """What is to be said beside every score of this run."""
+        self.together: list[str] = []
+        """Trials that cannot be told apart from the best."""
 
     def work(self, *, resume: bool, keep_serving: bool) -> None:
         shards = self._prepare()
         with connect(self.config, log=self.folder / "logs" / "ray.log") as ray, self._noting():
-            found = self._sweep(shards, resume)
+            found = self._sweep(ray, shards, resume)
             self._confirm(shards, found)
             exported = self._export(ray, shards, found)
             if exported["refused"]:
@@ -138,26 +140,52 @@ class _Run:
             prompt_for(self.config.data.prompt, lang)  # a language without a prompt is told before hours are spent
         return shards
 
-    def _sweep(self, shards: Shards, resume: bool) -> Any:
-        from raycap.tune.space import sweep_trials
+    def _memory(self, ray: Any) -> dict[str, str]:
+        """Trials that cannot win because of their memory, told before anything is trained."""
+        from raycap.tune.memory import over_limit, trial_memory
+
+        if not self.config.tune.memory_limit_bytes:
+            return {}
+        with self.ledger.phase("sweep"):
+            memory = in_worker(
+                ray, trial_memory, self.config.to_dict(), log=self.folder / "logs" / "memory.log",
+                say=lambda said: self.progress.phase("sweep", said),
+            )  # fmt: skip
+        self.facts["memory_bytes"] = memory
+        ruled_out = over_limit(self.config, memory)
+        for trial_id, why in ruled_out.items():
+            self.progress.line(f"{trial_id} {why}")
+        return ruled_out
+
+    def _sweep(self, ray: Any, shards: Shards, resume: bool) -> Any:
         from raycap.tune.sweep import run_sweep
 
+        ruled_out = self._memory(ray)
         self.progress.phase("sweep", f"{self.config.tune.trials} trials, {self.config.tune.slots} slots a pack")
         with self.ledger.phase("sweep"):
-            found = run_sweep(self.config, self.folder, shards.folder, resume=resume, on_progress=self.progress.trials)
-            together = separation(self.config, shards, found).get("together", [])
-        # With all that a space can vary, not only what trials.csv has a column for: the report shows the effect of each.
-        specs = {spec.trial_id: spec.to_dict() for spec in sweep_trials(self.config)}
-        self.ledger.write_trials(
-            [
-                {**specs.get(t.trial_id, {}), **t.to_dict(), "not_separable": t.trial_id in together}
-                for t in found.trials
-            ]
-        )
+            found = run_sweep(
+                self.config, self.folder, shards.folder, resume=resume, on_progress=self.progress.trials,
+                ruled_out=ruled_out,
+            )  # fmt: skip
+            self.together = separation(self.config, shards, found).get("together", [])
+        self._write_trials(found)
         self.facts.update(best_trial=found.best, pids=found.pids, notes=found.notes)
         if found.tokens:
             self.facts["data"]["tokens"] = found.tokens
         return found
+
+    def _write_trials(self, found: Any) -> None:
+        from raycap.tune.space import sweep_trials
+
+        memory = self.facts.get("memory_bytes", {})
+        # With all that a space can vary, not only what trials.csv has a column for: the report shows the effect of each.
+        specs = {spec.trial_id: spec.to_dict() for spec in sweep_trials(self.config)}
+        rows = [
+            {**specs.get(t.trial_id, {}), **t.to_dict(), "not_separable": t.trial_id in self.together,
+             "memory_bytes": memory.get(t.trial_id)}
+            for t in found.trials
+        ]  # fmt: skip
+        self.ledger.write_trials(rows)
 
     def _confirm(self, shards: Shards, found: Any) -> None:
         """Train the best settings again with other seeds, where that is asked for."""
@@ -209,10 +237,14 @@ class _Run:
                 worst=str(found.adapters[worst]) if worst else None,
                 worst_ids=picture_ids(shards),
                 facts=facts_dict(card),
+                memory="memory_bytes" not in self.facts,
                 log=self.folder / "logs" / "export.log",
                 say=lambda message: self.progress.phase("export", message),
             )
         self.facts["worst_trial"] = worst
+        if exported["memory"]:
+            self.facts["memory_bytes"] = exported["memory"]
+            self._write_trials(found)
         return exported
 
     def _serve(self, shards: Shards, captions: dict[str, Any], found: Any, keep_serving: bool) -> None:

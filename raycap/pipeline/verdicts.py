@@ -20,7 +20,8 @@ def separation(config: Config, shards: Shards, found: Any) -> dict[str, Any]:
     """The trials that cannot be told apart from the best on validation: best, together [trial ids], p {trial: p}."""
     from raycap.evaluate.comparisons import not_separable
 
-    scores, groups = _validation_scores(config, shards, found, list(found.adapters))
+    able = [t for t in found.adapters if t not in getattr(found, "ruled_out", {})]
+    scores, groups = _validation_scores(config, shards, found, able)
     if not scores:
         return {}
     told = not_separable(scores, groups, config.evaluate.resamples, config.run.seed)
@@ -83,8 +84,11 @@ def verdicts(
 
 
 def ranked(found: Any, select_by: str) -> list[str]:
-    """Ids of the trials that were scored, best first."""
-    scored = [(t.score(select_by), t.trial_id) for t in found.trials if t.trial_id in found.adapters]
+    """Ids of the trials that were scored and could win, best first."""
+    out = getattr(found, "ruled_out", {})
+    scored = [
+        (t.score(select_by), t.trial_id) for t in found.trials if t.trial_id in found.adapters and t.trial_id not in out
+    ]
     return [trial_id for _, trial_id in sorted(scored, key=lambda s: (-s[0], s[1]))]
 
 

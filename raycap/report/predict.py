@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def predict(config: Config, *, root: Path | str = "results") -> dict[str, str]:
     like = next(_alike(config, _newest_runs(Path(root))), None)
     if like is None:
         nothing = f"unknown: no finished run with this base and batch under {root}/ to measure by"
-        return found | {"predicted time": nothing, "predicted memory": nothing}
+        return found | {"predicted time": nothing}
     sweep_s, steps = like.entry["seconds_by_phase"].get("sweep", 0.0), sum(t["steps"] for t in like.trials)
     other_s = like.entry["seconds"] - sweep_s
     time_s = other_s + sweep_s * expected / max(1, steps)
@@ -33,7 +33,7 @@ def predict(config: Config, *, root: Path | str = "results") -> dict[str, str]:
     slots = like.config["tune"]["slots"] * like.config["tune"]["packs"]
     return found | {
         "predicted time": f"about {duration(time_s)} ({1000 * sweep_s / max(1, steps):.0f} ms a step {source})",
-        "predicted memory": f"about {memory:.1f} GiB ({source}, with {slots} slots)",
+        "memory of all processes": f"about {memory:.1f} GiB ({source}, with {slots} slots)",
     }
 
 
@@ -67,3 +67,21 @@ def _alike(config: Config, runs: Iterable[Run]) -> Iterable[Run]:
         same = all(run.config.get(s, {}).get(k) == wanted[s][k] for s, k in SAME)
         if same and run.trials and {"seconds_by_phase", "seconds", "peak_memory_bytes"} <= set(run.entry):
             yield run
+
+
+def memory_lines(plan: Mapping[str, Any]) -> list[str]:
+    """The memory of a GPU as raycap.train.memory.plan tells it, as lines of a table."""
+    if "unknown" in plan:
+        return [f"predicted memory: unknown: {plan['unknown']}"]
+    by = "the architecture that raycap knows by this name" if plan["known"] else "the model's configuration"
+    lines = [f"predicted memory: GB of a GPU, {plan['dtype']}, texts of {plan['text_tokens']} tokens, by {by}"]
+    heads = ("weights", "adapters", "step", "tower", "validation", "total")
+    rows = [("slots", *heads)] + [(str(p["slots"]), *(f"{p[h] / 1e9:.2f}" for h in heads)) for p in plan["training"]]
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    lines += ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    served = plan["serving"]
+    lines.append(
+        f"  serving {served['variant']}, {served['rows']} images at once: {served['total'] / 1e9:.2f} GB; "
+        f"its weights on disk {served['checkpoint'] / 1e9:.2f} GB"
+    )
+    return lines

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +63,8 @@ class SweepResult:
     """What a person should know: deaths survived, leases lapsed."""
     tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By split, what the model's tokeniser made of the captions (worker.Feed.tokens)."""
+    ruled_out: dict[str, str] = field(default_factory=dict)
+    """Trials that could not win, and why."""
 
 
 def run_sweep(
@@ -74,12 +76,13 @@ def run_sweep(
     *,
     engine: str = "",
     trials: list[TrialSpec] | None = None,
+    ruled_out: Mapping[str, str] | None = None,
 ) -> SweepResult:
     """Train all trials of `config` into `run_dir`, or the rest of them with `resume`.
 
     `on_progress` gets a snapshot (Board.snapshot) twice a second, in the calling thread. `engine` names another builder
     than the real one (raycap.train.worker.ENGINE); without `shards_folder` the packs get no data streams. `trials` takes
-    the place of those that `config` describes.
+    the place of those that `config` describes. Trials in `ruled_out` (id -> why) are trained, and cannot be the best.
 
     Raises:
         ConfigError: a search space that cannot be sampled.
@@ -111,13 +114,14 @@ def run_sweep(
         )
         ledger.written = mirror.put if mirror else None
         if all(t.trial_id in known and known[t.trial_id].ended for t in trials):
-            return _result([known[t.trial_id] for t in trials], run_dir, config, {}, began, resumed, ledger.notes)
+            records = [known[t.trial_id] for t in trials]
+            return _result(records, run_dir, config, {}, began, resumed, ledger.notes, ruled_out)
         with connect(config) as ray:
             sweep = _Sweep(ray, config, run_dir, shards_folder, trials, steps, ledger, engine, mirror)
             last = sweep.run(on_progress)
     records = [TrialRecord.from_dict(row) for row in last["trials"]]
     pids = {name: pack["pid"] for name, pack in last["packs"].items()}
-    return _result(records, run_dir, config, pids, began, resumed, [*ledger.notes, *last["notes"]])
+    return _result(records, run_dir, config, pids, began, resumed, [*ledger.notes, *last["notes"]], ruled_out)
 
 
 class _Sweep:
@@ -368,21 +372,32 @@ def _board_name(config: Config, run_dir: Path) -> str:
     return f"raycap-board-{config.run.name or run_dir.name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:4]}"
 
 
-def _result(records, run_dir, config, pids, began, resumed, notes) -> SweepResult:
+def _result(records, run_dir, config, pids, began, resumed, notes, ruled_out=None) -> SweepResult:
+    ruled_out = dict(ruled_out or {})
+    for record in records:
+        if why := ruled_out.get(record.trial_id):
+            record.reason = "; ".join(filter(None, [record.reason, why]))
     scored = {r.trial_id: r.score(config.train.select_by) for r in records}
     scored = {t: s for t, s in scored.items() if s is not None}
     if not scored:
         reasons = "; ".join(f"{r.trial_id}: {r.reason or r.state}" for r in records[:3])
         raise RunError(f"none of {len(records)} trials was scored ({reasons}). Lower train.lr or widen tune.space.")
+    able = {t: s for t, s in scored.items() if t not in ruled_out}
+    if not able:
+        raise RunError(
+            f"only trials that tune.memory_limit_bytes={config.tune.memory_limit_bytes} rules out were scored "
+            f"({', '.join(scored)}). Raise it, or search smaller ranks."
+        )
     return SweepResult(
         trials=records,
-        best=max(scored, key=scored.get),
+        best=max(able, key=able.get),
         adapters={t: run_dir / "checkpoints" / "adapters" / t for t in scored},
         pids={"driver": os.getpid(), **pids},
         seconds=time.monotonic() - began,
         resumed=resumed,
         notes=notes,
         tokens=read_whole(run_dir / TOKENS) or {},
+        ruled_out=ruled_out,
     )
 
 
