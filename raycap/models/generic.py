@@ -22,8 +22,6 @@ class Generic(Family):
     name = "generic"
     stores_projected = one_placeholder = True
 
-    # --- parts --------------------------------------------------------------------------------------------------------
-
     def skip_modules(self, config):
         return ["lm_head", *(f"model.{name}" for name in (*TOWERS, *PROJECTORS))]
 
@@ -111,7 +109,8 @@ class Generic(Family):
     def _chat(self, processor, prompt: str, answer: str | None = None) -> str:
         if not getattr(processor, "chat_template", None):
             raise ModelError(f"family generic: {type(processor).__name__} has no chat template")
-        chat = [{"role": "user", "content": [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]}]
+        content = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
+        chat = [{"role": "user", "content": content}]
         if answer is not None:
             chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return processor.apply_chat_template(chat, add_generation_prompt=answer is None, tokenize=False)
