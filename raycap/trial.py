@@ -13,6 +13,7 @@ from raycap.errors import ConfigError, did_you_mean
 
 SWEEPABLE = (
     "lora.r", "lora.alpha", "lora.alpha_per_rank", "lora.dropout", "lora.targets", "lora.layers", "lora.rslora",
+    "lora.scope", "lora.full",
     "train.lr", "train.schedule", "train.warmup_steps", "train.warmup_ratio", "train.weight_decay",
     "train.beta1", "train.beta2", "train.max_grad_norm", "data.captions",
 )  # fmt: skip
@@ -45,6 +46,10 @@ class TrialSpec:
     """lora.layers: which language layers get adapters; empty: all."""
     rslora: bool = False
     """Whether the factor is alpha / sqrt(r)."""
+    scope: str = "language"
+    """lora.scope: which parts of the model get adapters."""
+    full: tuple[str, ...] = ()
+    """lora.full: which parts are trained in full."""
 
     @property
     def scale(self) -> float:
@@ -56,7 +61,7 @@ class TrialSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrialSpec:
-        return cls(**{**values, "targets": tuple(values["targets"])})
+        return cls(**{**values, **{name: tuple(values.get(name, ())) for name in ("targets", "full")}})
 
 
 def apply_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
@@ -79,6 +84,16 @@ def apply_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     )
     check(changed)
     return changed
+
+
+def values_of(config: Config, key: str) -> list[Any]:
+    """What the setting `key` may be in a trial of the sweep: its choices in tune.space, else what it is."""
+    section, _, name = key.partition(".")
+    own, given = getattr(getattr(config, section), name), config.tune.space.get(key)
+    if not given:
+        return [own]
+    values = [parse_value(key, v) for v in given.get("choice", ())]
+    return [*values, own] if config.tune.default_trial and own not in values else values
 
 
 def trial_spec(
@@ -108,4 +123,6 @@ def trial_spec(
         captions=c.data.captions,
         layers=c.lora.layers,
         rslora=c.lora.rslora,
+        scope=c.lora.scope,
+        full=c.lora.full,
     )

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from raycap.config import DecodeSettings, LoraSettings, ModelSettings
+from raycap.config import DecodeSettings, ModelSettings
 from raycap.errors import ConfigError, ModelError, did_you_mean
 from raycap.files import sha256_json
 from raycap.models.decoding import batch_options
@@ -321,11 +321,6 @@ def head_at_labels(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) 
     rows, places = torch.nonzero(following != IGNORED, as_tuple=True)
     picked = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + places)
     return LabelLogits(head(picked), following[rows, places], rows)
-
-
-def trained_parts(family: Family, lora: LoraSettings) -> set[str]:
-    """Parts of the model (language, vision, projector) in which something is trained."""
-    return {*family.parts_of(lora.scope), *lora.full}
 
 
 def checkpoint_layers(cm: CaptionModel) -> None:

@@ -254,6 +254,8 @@ class Stacks:
     def _clear(self) -> None:
         empty = torch.zeros(0, 0, device=self.device, dtype=self.dtype)
         self.specs, self.names, self._places, self.rank, self.half = [], [], {}, 0, 0
+        self.full_width = 0
+        """Of a slot's row, what holds the linears that are trained in full."""
         self.value = self.m = self.v = self.grads = self._work = empty
         self._work_grads: list[torch.Tensor] = []
         """Where backward adds up, a tensor [K, P] a lane."""
@@ -313,6 +315,7 @@ class Stacks:
             inputs, outputs = sizes.pop(name)
             self._places[name] = (down, inputs, down + inputs * outputs, outputs)
             down += outputs * (inputs + (self.site(name).bias is not None))
+        self.full_width = down
         self.half = up = down + self.rank * sum(i for i, _ in sizes.values())
         self.width = self.half + self.rank * sum(o for _, o in sizes.values())
         for name, (inputs, outputs) in sizes.items():
@@ -368,6 +371,18 @@ class Stacks:
         """Forget the gradients of a piece that did not come to its end."""
         for work in self._work_grads:
             work.zero_()
+
+    def hold_full(self, slots: Sequence[int]) -> torch.Tensor:
+        """Before an update: slots whose trials leave those linears as they are get no gradient there; what they hold."""
+        if not slots:
+            return self.value[:0]
+        self.grads[slots, : self.full_width] = 0.0
+        return self.value[slots, : self.full_width].clone()
+
+    def put_full(self, slots: Sequence[int], kept: torch.Tensor) -> None:
+        """After the update, which decays weights too: put back what `hold_full` gave."""
+        if slots:
+            self.value[slots, : self.full_width] = kept
 
     @contextmanager
     def applying(self, slots: Sequence[int]) -> Iterator[None]:

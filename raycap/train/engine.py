@@ -20,7 +20,7 @@ from raycap.config import Config
 from raycap.data.order import Sampler, WindowOrder
 from raycap.data.store import Store
 from raycap.errors import ConfigError, ModelError, RunError
-from raycap.models.base import CaptionModel, checkpoint_layers, evaluating, trained_parts
+from raycap.models.base import CaptionModel, checkpoint_layers, evaluating
 from raycap.models.dropout import Keys, SharedKeys, key_base_dropout
 from raycap.models.lora import Weights, export_adapter, import_adapter, start
 from raycap.models.stacked import KINDS, Stacks
@@ -30,7 +30,7 @@ from raycap.train.loss import slot_losses
 from raycap.train.optim import FIRST_LOSS_SCALE, LossScale, StackedAdamW
 from raycap.train.padding import Padding, longest_captions
 from raycap.train.validate import EvalResult, Validator
-from raycap.trial import TrialSpec
+from raycap.trial import TrialSpec, values_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +73,19 @@ class PackEngine:
         self.device = cm.device
         self.lanes = lanes_for(cm.device)
         self.keys = Keys() if self.lanes.count > 1 else SharedKeys()
-        self.full = [p for scope in config.lora.full for p in cm.family.linear_paths(cm.model, scope)]
-        """Linears that every slot trains a copy of its own of, bias included."""
-        scoped = cm.family.linear_paths(cm.model, config.lora.scope)
-        self.linears = [p for p in scoped if p not in self.full]
-        cm.family.match_targets(self.linears, config.lora.scope, config.lora.targets)  # a bad name is told at once
+        # Trials of a sweep may differ in what they adapt: the pack is made for all of it.
+        full = sorted({part for value in values_of(config, "lora.full") for part in value})
+        self.full = [p for part in full for p in cm.family.linear_paths(cm.model, part)]
+        """Linears that every slot has a copy of its own of, bias included; those whose trial says so train it."""
+        self.scoped = {
+            scope: [p for p in cm.family.linear_paths(cm.model, scope) if p not in self.full]
+            for scope in values_of(config, "lora.scope")
+        }
+        """Linears that may get adapters, by the trial's lora.scope."""
+        self.linears = list(dict.fromkeys(p for paths in self.scoped.values() for p in paths))
+        if "lora.targets" not in config.tune.space:
+            for scope, paths in self.scoped.items():  # a bad name is told at once
+                cm.family.match_targets(paths, scope, config.lora.targets)
         self.shapes = {}
         for path in [*self.linears, *self.full]:
             linear = cm.model.get_submodule(path)
@@ -95,7 +103,7 @@ class PackEngine:
         self.stacked: list[str] = []
         """Trials in the stacks, in their order there."""
         self.optimiser: StackedAdamW | None = None
-        parts = trained_parts(cm.family, config.lora)
+        parts = {part for scope in self.scoped for part in cm.family.parts_of(scope)} | set(full)
         if "vision" in parts and slots > 1 and not cm.family.packs_vision:
             raise ConfigError(
                 f"tune.slots={slots}: family {cm.family.name} packs the patches of all images in one row, so an adapter in "
@@ -137,7 +145,8 @@ class PackEngine:
         if state is None:
             adapter = adapter or self.config.lora.init_from
             if adapter:
-                value = self._read(spec, [*targets, *self.full], adapter)
+                trained = [*targets, *self.full] if spec.full else targets
+                value = {**self._full_start(), **self._read(spec, trained, adapter)}
             else:
                 value = {**start(spec, {t: self.shapes[t] for t in targets}, self.stacks.dtype), **self._full_start()}
             targets = [*targets, *self.full]
@@ -170,8 +179,13 @@ class PackEngine:
     def _targets(self, spec: TrialSpec) -> list[str]:
         """Linears that the trial adapts."""
         family = self.cm.family
-        found = family.match_targets(self.linears, self.config.lora.scope, spec.targets)
-        return family.in_layers(found, spec.layers, self.linears)
+        if spec.scope not in self.scoped:
+            raise ConfigError(
+                f"trial {spec.trial_id}: lora.scope={spec.scope} is none of this pack's ({', '.join(self.scoped)})"
+            )
+        paths = self.scoped[spec.scope]
+        found = family.match_targets(paths, spec.scope, spec.targets)
+        return family.in_layers(found, spec.layers, paths)
 
     def _check_fits(self, spec: TrialSpec, targets: list[str], weights: Weights) -> None:
         if set(weights) != set(targets):
@@ -275,6 +289,8 @@ class PackEngine:
                 self.micro = math.ceil(self.micro / 2)
                 self.stacks.discard()
             torch.cuda.empty_cache()
+        held = [k for k, slot in enumerate(slots) if self.full and not slot.spec.full]
+        kept = self.stacks.hold_full(held)
         norms, finite = self.optimiser.step(
             self.stacks.value,
             self.stacks.grads,
@@ -285,6 +301,7 @@ class PackEngine:
             losses=losses,
             loss_scales=[s.loss_scale.value for s in slots] if self.scaled else None,
         )
+        self.stacks.put_full(held, kept)
         rates = self.optimiser.rates
         found = {}
         for trial_id, loss, norm, good, lr in zip(
@@ -450,11 +467,13 @@ class PackEngine:
         if which == "best" and slot.best is None:
             raise RunError(f"trial {trial_id} has no best adapter: it was never scored with a finite {self._selects}")
         weights = slot.best if which == "best" else self._weights(trial_id)
+        full = self.full if slot.spec.full else []
+        weights = {path: pair for path, pair in weights.items() if path in full or path not in self.full}
         if self.cm.family.full_file:  # such a folder is used by itself, with the tokeniser in it
             self.cm.processor.tokenizer.save_pretrained(folder)
         return export_adapter(
             folder, weights, slot.spec, self.config.model.path, self.cm.family.task_type,
-            full=self.full, full_file=self.cm.family.full_file,
+            full=full, full_file=self.cm.family.full_file,
         )  # fmt: skip
 
     @property

@@ -298,7 +298,10 @@ def _masks(keys: Any) -> Any:
 
 
 def common(specs: Sequence[TrialSpec]) -> TrialSpec:
-    """A trial as large as a slot of a pack of these becomes: the highest rank, every target and layer, dropout if any."""
+    """A trial as large as a slot of a pack of these becomes: the highest rank, every target and layer, dropout if any.
+
+    They share a scope.
+    """
     layers = sorted({s.layers for s in specs}, key=lambda name: int(name.removeprefix("top") or 10**6))
     targets = dict.fromkeys(t for s in specs for t in s.targets)
     return dataclasses.replace(
@@ -309,12 +312,28 @@ def common(specs: Sequence[TrialSpec]) -> TrialSpec:
 
 def stand_alone(config: Config, specs: Sequence[TrialSpec]) -> dict[str, int]:
     """Trial id -> bytes of a GPU that training it takes alone, a pack of one."""
-    predictor, known = Predictor(config), {}
+    predictors: dict[Any, Predictor] = {}
+    known: dict[Any, int] = {}
+    found = {}
     for spec in specs:
-        size = (spec.r, spec.dropout > 0, spec.layers, spec.targets)
+        parts = (spec.scope, spec.full)
+        if parts not in predictors:
+            predictors[parts] = Predictor(_only(config, spec))
+        size = (*parts, spec.r, spec.dropout > 0, spec.layers, spec.targets)
         if size not in known:
-            known[size] = predictor.training(1, spec).total
-    return {s.trial_id: known[s.r, s.dropout > 0, s.layers, s.targets] for s in specs}
+            known[size] = predictors[parts].training(1, spec).total
+        found[spec.trial_id] = known[size]
+    return found
+
+
+def _only(config: Config, spec: TrialSpec) -> Config:
+    """`config` for trials in this one's parts of the model alone."""
+    space = {k: v for k, v in config.tune.space.items() if k not in ("lora.scope", "lora.full")}
+    return dataclasses.replace(
+        config,
+        lora=dataclasses.replace(config.lora, scope=spec.scope, full=spec.full, targets=spec.targets),
+        tune=dataclasses.replace(config.tune, space=space),
+    )
 
 
 def plan(config: Config, specs: Sequence[TrialSpec]) -> dict[str, Any]:
@@ -322,8 +341,11 @@ def plan(config: Config, specs: Sequence[TrialSpec]) -> dict[str, Any]:
     `unknown` with the reason alone, where nothing can be told."""
     try:
         predictor = Predictor(config)
-        spec = common(specs)
-        packs = [predictor.training(slots, spec) for slots in sorted({1, config.tune.slots})]
+        scopes = [common([s for s in specs if s.scope == scope]) for scope in dict.fromkeys(s.scope for s in specs)]
+        packs = [
+            max((predictor.training(slots, spec) for spec in scopes), key=lambda told: told.total)
+            for slots in sorted({1, config.tune.slots})
+        ]
         served = predictor.serving()
     except RaycapError as error:
         return {"unknown": error.message}

@@ -48,6 +48,39 @@ def test_layers_scale_and_start_from_an_adapter(case, settings, plain, make_engi
         engine.admit(dataclasses.replace(top, trial_id="deep", layers="top2"))
 
 
+@pytest.mark.parametrize("twin", ["git", "clip_llama"])
+def test_trials_of_a_pack_differ_in_scope_and_in_what_they_train_in_full(case, settings, plain, make_engine, trials, twin):
+    """Each as alone: losses of a mixed pack are those of packs of one; a projector that stays is the base's to the bit."""
+    if case.twin != twin:
+        pytest.skip("one case a twin")
+    names = ("q_proj", "v_proj") if twin == "clip_llama" else ("query", "value")
+    space = {"lora.full": {"choice": [[], ["projector"]]}}
+    if twin == "git":
+        space["lora.scope"] = {"choice": ["language", "vision+language"]}
+    config = settings(case, tune__space=space, tune__default_trial=False, lora__targets=list(names), train__weight_decay=0.1)
+    rest, whole, _ = trials(config)
+    whole = dataclasses.replace(whole, full=("projector",))
+    if twin == "git":
+        whole = dataclasses.replace(whole, scope="vision+language", targets=(*names, "fc1"))
+    packed = make_engine(plain(case, torch.float64), config)
+    for spec in (rest, whole):
+        packed.admit(spec)
+    together = [packed.step() for _ in range(3)]
+    for spec in (rest, whole):
+        alone = make_engine(plain(case, torch.float64), config)
+        alone.admit(spec)
+        for step in together:
+            assert alone.step()[spec.trial_id].loss == pytest.approx(step[spec.trial_id].loss, rel=1e-9)
+    base = packed._full_start()
+    assert base, "the projector has linears"
+    for path, pair in base.items():
+        assert all(torch.equal(a, b) for a, b in zip(packed.state("t0")["value"][path], pair))
+        assert not torch.equal(packed.state("t1")["value"][path][0], pair[0])
+    paths = set(packed.state("t1")["value"]) - set(base)
+    assert any("image_encoder" in p for p in paths) == (twin == "git")
+    assert not any("image_encoder" in p for p in packed.state("t0")["value"])
+
+
 def test_settings_without_effect_are_refused(case, settings):
     with pytest.raises(ConfigError, match="top<n>"):
         settings(case, lora__layers="six")
