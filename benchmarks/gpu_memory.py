@@ -139,12 +139,17 @@ def compare(name: str, config: Config, measured: type[Measured] = Measured, **op
             wrong.append(f"{row['what']}: measured {row['ratio']:.2f} times the prediction")
     reached = {"training": rows[0]["measured"]["total"], "serving": rows[-1]["measured"]["total"],
                "checkpoint": served.checkpoint}  # fmt: skip
-    wrong += [f"{what}: {reached[what]} bytes, at most {limit:.0f}" for what, limit in limits.items() if reached[what] > limit]
+    wrong += [
+        f"{what}: {reached[what]} bytes, at most {limit:.0f}" for what, limit in limits.items() if reached[what] > limit
+    ]
     return {"preset": name, "rows": rows, "wrong": wrong}
 
 
 def _row(what: str, predicted: Any, measured: Any) -> dict[str, Any]:
-    figures = {side: {**vars(found), "total": found.total} for side, found in (("predicted", predicted), ("measured", measured))}
+    figures = {
+        side: {**vars(found), "total": found.total}
+        for side, found in (("predicted", predicted), ("measured", measured))
+    }
     return {"what": what, "ratio": figures["measured"]["total"] / figures["predicted"]["total"], **figures}
 
 
@@ -156,7 +161,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("there is no CUDA device here; `raycap sweep PRESET --dry-run` prints the predictions", file=sys.stderr)
         return 2
-    found = {"device": torch.cuda.get_device_name(), "presets": [compare(n, load_config(n)) for n in args.presets or PRESETS]}
+    found = {
+        "device": torch.cuda.get_device_name(),
+        "presets": [compare(n, load_config(n)) for n in args.presets or PRESETS],
+    }
     text = json.dumps(found, indent=2)
     print(text)
     if args.out:

@@ -168,7 +168,9 @@ class Predictor:
             high, wide = (spec.r, spec.r)
             if path in engine.full:
                 high, wide = outputs, int(engine.cm.model.get_submodule(path).bias is not None)
-            value[path] = tuple(torch.empty(s, dtype=kind, device=self.device) for s in ((high, inputs), (outputs, wide)))
+            value[path] = tuple(
+                torch.empty(s, dtype=kind, device=self.device) for s in ((high, inputs), (outputs, wide))
+            )
         engine.stacks.rebuild([spec] * slots, [{"value": value}] * slots)
         stacks = engine.stacks
         held = [stacks.value, stacks.m, stacks.v, stacks.grads, stacks._work, *stacks._work_grads]

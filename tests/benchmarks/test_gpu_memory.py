@@ -17,7 +17,10 @@ class Counted(gpu_memory.Measured):
 
     def base(self, quantisation):
         cm = super().base(quantisation)
-        tensors = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*cm.model.parameters(), *cm.model.buffers())}
+        tensors = {
+            t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+            for t in (*cm.model.parameters(), *cm.model.buffers())
+        }
         self.held = sum(tensors.values())
         return cm
 

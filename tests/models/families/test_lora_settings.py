@@ -49,7 +49,9 @@ def test_layers_scale_and_start_from_an_adapter(case, settings, plain, make_engi
 
 
 @pytest.mark.parametrize("twin", ["git", "clip_llama"])
-def test_trials_of_a_pack_differ_in_scope_and_in_what_they_train_in_full(case, settings, plain, make_engine, trials, twin):
+def test_trials_of_a_pack_differ_in_scope_and_in_what_they_train_in_full(
+    case, settings, plain, make_engine, trials, twin
+):
     """Each as alone: losses of a mixed pack are those of packs of one; a projector that stays is the base's to the bit."""
     if case.twin != twin:
         pytest.skip("one case a twin")
@@ -57,7 +59,9 @@ def test_trials_of_a_pack_differ_in_scope_and_in_what_they_train_in_full(case, s
     space = {"lora.full": {"choice": [[], ["projector"]]}}
     if twin == "git":
         space["lora.scope"] = {"choice": ["language", "vision+language"]}
-    config = settings(case, tune__space=space, tune__default_trial=False, lora__targets=list(names), train__weight_decay=0.1)
+    config = settings(
+        case, tune__space=space, tune__default_trial=False, lora__targets=list(names), train__weight_decay=0.1
+    )
     rest, whole, _ = trials(config)
     whole = dataclasses.replace(whole, full=("projector",))
     if twin == "git":
