@@ -89,8 +89,9 @@ def export_stage(
     """Caption val and test with the base and the winner, merge, gate, and caption test with what came out.
 
     Returns: captions {split: {variant: {image_id: caption}}}, gate (its dict), refused (the gate's message or ""),
-    seconds {phase: s}, memory {trial: bytes} (with `memory`, where it can be predicted). `default` is the adapter of the preset's own settings, captioned as the winner is. `worst` is a
-    trial's adapter whose captions of the test images `worst_ids` are wanted for the report; it is not scored.
+    seconds {phase: s}, memory {trial: bytes} (with `memory`, where it can be predicted). `default` is the adapter of the
+    preset's own settings, captioned as the winner is. `worst` is a trial's adapter whose captions of the test images
+    `worst_ids` are wanted for the report; it is not scored.
     """
     import torch
 
