@@ -104,7 +104,11 @@ class Predictor:
         made_in = None if quantisation == "none" else _dtype(self.described)
         model = hollow(lambda: self.family.build(self.described), self.dtype, made_in)
         for path in packed_paths(model, self.family, self.described, quantisation):
-            model.get_submodule(path).__class__ = PackedLinear
+            linear = model.get_submodule(path)
+            linear.__class__ = PackedLinear
+            linear.weight.quant_state = None  # what a 4-bit weight is known by
+            if self.config.model.materialise and quantisation == "nf4":
+                linear.dense = linear.weight.detach()
         # An instance of its own: its `head` is replaced by one of whatever length.
         family = load_family(self.config.model.family, self.config.model)
         return CaptionModel(
