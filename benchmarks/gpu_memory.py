@@ -67,18 +67,22 @@ class Measured(Predictor):
         self.held = 0
 
     def base(self, quantisation: str) -> CaptionModel:
-        family = load_family(self.config.model.family, self.config.model)
         with self.watch() as watch:
-            model, kind = load_weights(
-                family, str(self.folder), quantisation, self.dtype, self.device, trust_remote_code=False,
-                double=self.config.model.double_quantisation,
-            )  # fmt: skip
-            model.requires_grad_(False).eval()
+            cm = self.load(quantisation)
             gc.collect()
             self.held = watch.now
+        return cm
+
+    def load(self, quantisation: str) -> CaptionModel:
+        family = load_family(self.config.model.family, self.config.model)
+        model, kind = load_weights(
+            family, str(self.folder), quantisation, self.dtype, self.device, trust_remote_code=False,
+            double=self.config.model.double_quantisation,
+        )  # fmt: skip
         return CaptionModel(
-            family=family, model=model, processor=BlankProcessor(), path=str(self.folder), quantisation=kind,
-            compute_dtype=self.dtype, device=self.device, prompt="", max_text_tokens=self.config.data.max_text_tokens,
+            family=family, model=model.requires_grad_(False).eval(), processor=BlankProcessor(), path=str(self.folder),
+            quantisation=kind, compute_dtype=self.dtype, device=self.device, prompt="",
+            max_text_tokens=self.config.data.max_text_tokens,
         )  # fmt: skip
 
     def weights(self, cm: CaptionModel, *, stored: bool = False) -> int:

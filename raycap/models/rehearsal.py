@@ -130,7 +130,7 @@ class _Fused(TorchFunctionMode):
     """Attention as the kernels of GPUs and CPUs do it: the products of all pairs are never there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention:
+        if func is functional.scaled_dot_product_attention and (args or [kwargs["query"]])[0].is_meta:
             return _attend(*args, **(kwargs or {}))
         if func is torch.take_along_dim:  # the one function that looks at devices before it comes to `Rehearsal`
             return _taken(*args, **(kwargs or {}))

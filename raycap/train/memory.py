@@ -214,17 +214,14 @@ class Predictor:
     def _validation(self, engine: PackEngine, slots: int) -> int:
         cm = engine.cm
         images = max(1, self.config.decode.batch // slots)
-        rows, peaks = images * slots, []
-        with evaluating(cm.model):
-            with self.watch() as watch, engine.stacks.applying(range(slots)):
+        rows = images * slots
+        with evaluating(cm.model), engine.stacks.applying(range(slots)):
+            with self.watch() as watch:
                 values = self._images(engine, images if engine.frozen_vision else rows)
                 output = cm.family.label_logits(cm, self._text(cm, rows), values)
                 slot_losses(*output, images, torch.ones(slots, device=self.values_on))
                 del output, values
-            peaks.append(watch.peak)
-            with engine.stacks.applying(range(slots)):
-                peaks.append(self._decoding(cm, lambda: self._images(engine, rows)))
-        return max(peaks) - _bytes(engine.stacks._work)
+            return max(watch.peak, self._decoding(cm, lambda: self._images(engine, rows)))
 
     def _images(self, engine: PackEngine, count: int) -> torch.Tensor:
         """What the model is given for `count` images: stored features, or pixel values."""

@@ -63,7 +63,7 @@ def test_trials_of_a_pack_differ_in_scope_and_in_what_they_train_in_full(
         case, tune__space=space, tune__default_trial=False, lora__targets=list(names), train__weight_decay=0.1
     )
     rest, whole, _ = trials(config)
-    whole = dataclasses.replace(whole, full=("projector",))
+    rest, whole = dataclasses.replace(rest, lr=1e-3), dataclasses.replace(whole, lr=1e-3, full=("projector",))
     if twin == "git":
         whole = dataclasses.replace(whole, scope="vision+language", targets=(*names, "fc1"))
     packed = make_engine(plain(case, torch.float64), config)
@@ -74,7 +74,7 @@ def test_trials_of_a_pack_differ_in_scope_and_in_what_they_train_in_full(
         alone = make_engine(plain(case, torch.float64), config)
         alone.admit(spec)
         for step in together:
-            assert alone.step()[spec.trial_id].loss == pytest.approx(step[spec.trial_id].loss, rel=1e-9)
+            assert alone.step()[spec.trial_id].loss == pytest.approx(step[spec.trial_id].loss, rel=1e-5)
     base = packed._full_start()
     assert base, "the projector has linears"
     for path, pair in base.items():
