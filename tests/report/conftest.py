@@ -38,7 +38,7 @@ def made_up_trials():
             "dropout": 0.1 * (n % 2), "targets": ["query", "value"], "steps": rungs[-1] if rungs else 7,
             "rung": rungs[-1] if rungs else 0, "best_step": rungs[-1] if rungs else 0,
             "loss": last.get("loss", float("nan")), "val_loss": last.get("val_loss"), "cider": last.get("cider"),
-            "cider_se": last.get("cider_se"), "seconds": 3.5 + n, "curve": curve,
+            "cider_se": last.get("cider_se"), "seconds": 3.5 + n, "memory_bytes": (n + 1) * 10**9, "curve": curve,
             "reason": "" if state == "finished" else f"reason of {trial_id}",
             "collapse": {"collapsed": trial_id == "t02", "distinct_share": 0.02},
         })  # fmt: skip
