@@ -114,9 +114,9 @@ def trials(data: ReportData) -> str:
     top = max((t["cider"] + 1.96 * (t["cider_se"] if _finite(t.get("cider_se")) else 0.0) for t in ordered
                if _finite(t.get("cider"))), default=0.0)  # fmt: skip
     columns = (
-        *(("trial", "l", ""), ("state", "l", ""), ("CIDEr", "", "descending"), ("rank", "", ""), ("alpha", "", "")),
-        *(("scale", "", ""), ("lr", "", ""), ("dropout", "", ""), ("steps", "", "descending"), ("val loss", "", "")),
-        *(("time", "", "descending"), *((("memory", "", ""),) if weighed else ()), ("note", "l", "")),
+        *(("trial", "l", ""), ("state", "l", ""), ("CIDEr", "", "descending"), ("note", "l", ""), ("rank", "", "")),
+        *(("alpha", "", ""), ("scale", "", ""), ("lr", "", ""), ("dropout", "", ""), ("steps", "", "descending")),
+        *(("val loss", "", ""), ("time", "", "descending"), *((("memory", "", ""),) if weighed else ())),
     )
     head = ""
     for name, side, first in columns:
@@ -165,7 +165,6 @@ def _trial_row(data: ReportData, t: Mapping[str, Any], top: float, weighed: bool
     looks += ["near"] if together else []
     row = f' class="{" ".join(looks)}"' if looks else ""
     cells = (
-        (t.get("cider"), cider),
         (t["rank"], str(t["rank"])),
         (t["alpha"], f"{t['alpha']:g}"),
         (t["scale"], f"{t['scale']:g}"),
@@ -178,8 +177,11 @@ def _trial_row(data: ReportData, t: Mapping[str, Any], top: float, weighed: bool
     )
     return (
         f'<tr{row}><th scope="row">{escape(t["trial_id"])}</th><td class="l">{pill}</td>'
+        # Before what scrolls out of a narrow window: why a trial is where it is.
+        + _cell(t.get("cider"), cider)
+        + f'<td class="l note">{" ".join(notes)}</td>'
         + "".join(_cell(value, text) for value, text in cells)
-        + f'<td class="l note">{" ".join(notes)}</td></tr>'
+        + "</tr>"
     )
 
 

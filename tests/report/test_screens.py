@@ -162,7 +162,7 @@ def test_japanese_shows(chromium, pages):
 
 def test_the_table_sorts(chromium, pages):
     chromium.open(pages["12-trials"], 1280)
-    first = "document.querySelector('table.sortable tbody tr').cells[3].textContent"
+    first = "document.querySelector('table.sortable tbody tr').cells[4].textContent"
     button = "[...document.querySelectorAll('table.sortable th button')].find(b => b.textContent === 'rank').click()"
     chromium.run(button)
     assert chromium.run(first) == "2"
