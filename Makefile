@@ -9,7 +9,7 @@ demo: setup
 	$(BIN)/raycap sweep shapes-git
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -q
 
 lint: setup
 	$(BIN)/ruff check raycap jobs tests tools benchmarks

@@ -25,7 +25,7 @@ if SUPPORT not in sys.path:
 def pytest_collection_modifyitems(config, items):
     """Ray tests last, so that a failure of the core shows before Ray has started.
 
-    Where pytest-xdist spreads the tests (`make test`), a file stays together for its fixtures, and so do all that share
+    Where pytest-xdist spreads the tests (CONTRIBUTING.md), a file stays together for its fixtures, and so do all that share
     the session's Ray; what takes long comes first, so that no process is left alone with it at the end.
     """
     if not hasattr(config, "workerinput"):

@@ -31,7 +31,7 @@ LOCK = "checkpoints/.lock"
 PLAN = "checkpoints/plan.json"
 TRIAL_COLUMNS = (
     "trial_id", "state", "rank", "alpha", "scale", "lr", "dropout", "targets", "steps", "rung",
-    "val_loss", "cider", "cider_se", "seconds", "reason", "memory_bytes",
+    "val_loss", "cider", "cider_se", "seconds", "reason",
 )  # fmt: skip
 METRIC_COLUMNS = ("split", "variant", "metric", "score", "signature")
 VARIANTS = ("constant", "zero-shot", "default", "adapter", "merged", "merged-nf4", "served")

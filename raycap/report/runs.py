@@ -14,7 +14,7 @@ from raycap.files import read_json, read_rows
 from raycap.report.ledger import CONFIG, CURVES, GATE, METRICS, RUN_JSON, TRIALS, read_metrics, variant_order
 
 _NUMBERS = {
-    "rank": int, "steps": int, "rung": int, "best_step": int, "memory_bytes": int, "alpha": float, "scale": float, "lr": float,
+    "rank": int, "steps": int, "rung": int, "best_step": int, "alpha": float, "scale": float, "lr": float,
     "dropout": float, "loss": float, "val_loss": float, "cider": float, "cider_se": float, "seconds": float,
 }  # fmt: skip
 

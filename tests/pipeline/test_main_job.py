@@ -142,7 +142,7 @@ def test_a_refused_gate_serves_nothing_and_says_why(tmp_path, monkeypatch):
     config = load_config("shapes-git", [f"run.dir={tmp_path / 'run'}", "evaluate.metrics=cider"])
     shards = SimpleNamespace(folder=tmp_path, counts={"test": 1}, content_sha256="0")
     monkeypatch.setattr(main_job._Run, "_prepare", lambda self: shards)
-    monkeypatch.setattr(main_job._Run, "_sweep", lambda self, s, resume: None)
+    monkeypatch.setattr(main_job._Run, "_sweep", lambda self, ray, s, resume: None)
     monkeypatch.setattr(
         main_job._Run, "_export", lambda self, ray, s, f: {"refused": "merged fell by 40 %", "captions": {}}
     )
