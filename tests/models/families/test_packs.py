@@ -164,10 +164,11 @@ def test_projector_copies_of_each_slot_equal_plain_training(
 def test_several_parts_at_once(case, settings, load, make_engine, trials):
     """Adapters in every part of the model: slots of a pack differ, and learn, and decode."""
     parts = [p for p in case.scopes if p != "vision" or case.family != "qwen2_vl"]
-    engine = make_engine(load(case), settings(case, lora__scope="+".join(parts)))
+    config = settings(case, lora__scope="+".join(parts))
+    engine = make_engine(load(case), config)
     leaves = {p.rsplit(".", 1)[-1] for p in case.scopes.values()}
     names = [n for n in leaves if any(p.rsplit(".", 1)[-1] == n for p in engine.linears)]
-    for spec in trials(settings(case), 2, **{"lora.targets": names, "train.warmup_steps": 0}):
+    for spec in trials(config, 2, **{"lora.targets": names, "train.warmup_steps": 0}):
         engine.admit(spec)
     first = engine.step()
     for _ in range(4):
