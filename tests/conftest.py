@@ -21,21 +21,9 @@ if SUPPORT not in sys.path:
     sys.path.insert(0, SUPPORT)  # helpers that several rooms' tests share
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(config, items):
-    """Ray tests last, so that a failure of the core shows before Ray has started.
-
-    Where pytest-xdist spreads the tests (CONTRIBUTING.md), a file stays together for its fixtures, and so do all that share
-    the session's Ray; what takes long comes first, so that no process is left alone with it at the end.
-    """
-    if not hasattr(config, "workerinput"):
-        items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
-        return
-    group = {item: "ray" if "ray_session" in item.fixturenames else item.nodeid.partition("::")[0] for item in items}
-    slow = {group[item] for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (group[item] != "ray", group[item] not in slow))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group[item]))
+def pytest_collection_modifyitems(items):
+    """Ray tests last, so that a failure of the core shows before Ray has started."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -167,16 +167,17 @@ def export_stage(
         captions["test"][variant] = caption_split(model, shards, "test")
     timed("merged", began)
     return {"captions": captions, "gate": gate, "refused": refused, "seconds": seconds,
-            "memory": _memory(settings) if memory else {}}  # fmt: skip
+            "memory": _memory(settings, say) if memory else {}}  # fmt: skip
 
 
-def _memory(settings: dict[str, Any]) -> dict[str, int]:
+def _memory(settings: dict[str, Any], say: Callable[[str], None]) -> dict[str, int]:
     """What each trial takes of a GPU alone, for the report; nothing, where that cannot be told."""
     from raycap.tune.memory import trial_memory
 
     try:
-        return trial_memory(settings)
-    except Exception:  # a model of somebody's own: no figure is no reason to lose a run
+        return trial_memory(settings, say=say)
+    except Exception as error:  # a model of somebody's own: no figure is no reason to lose a run
+        say(f"what each trial would take of a GPU cannot be told ({type(error).__name__}: {error})")
         return {}
 
 

@@ -62,7 +62,7 @@ class SweepResult:
     notes: list[str] = field(default_factory=list)
     """What a person should know: deaths survived, leases lapsed."""
     tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By split, what the model's tokeniser made of the captions (worker.Feed.tokens)."""
+    """By split, what the model's tokeniser made of the captions (feed.Feed.tokens)."""
     ruled_out: dict[str, str] = field(default_factory=dict)
     """Trials that could not win, and why."""
 

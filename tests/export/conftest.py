@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from exports import merged, nf4  # noqa: F401 - fixtures
 
 from raycap.config import from_dict
 

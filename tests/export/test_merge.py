@@ -19,18 +19,6 @@ from raycap.models import load_model
 
 
 @pytest.fixture(scope="module")
-def merged(config, adapter, tmp_path_factory):
-    """Both ways of merging."""
-    out = tmp_path_factory.mktemp("merged")
-    return {onto: merge(config.model, config.data, adapter, out / onto, onto) for onto in ("original", "dequantised")}
-
-
-@pytest.fixture(scope="module")
-def nf4(config, merged, tmp_path_factory):
-    return requantise(config.model, config.data, merged["dequantised"], tmp_path_factory.mktemp("nf4") / "model")
-
-
-@pytest.fixture(scope="module")
 def quantised_base(config):
     """Module path -> weight as training saw it."""
     return dequantised_weights(load_model(config.model, config.data, quantisation="nf4", compute_dtype="fp32").model)

@@ -11,28 +11,13 @@ from raycap.errors import ConfigError, DataError, ModelError
 from raycap.evaluate import score
 from raycap.models.clip_score import DEFAULT_MODEL, PREFIX, ClipScorer
 
-TINY = {
-    "model_cfg": {
-        "embed_dim": 8,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    },
-    "preprocess_cfg": {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]},
-}
-
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory):
     """A folder in open_clip's layout with random weights."""
-    import open_clip
-    import torch
-    from safetensors.torch import save_file
+    from raycap.models.tiny.clip import build_clip
 
-    folder = tmp_path_factory.mktemp("clip")
-    (folder / "open_clip_config.json").write_text(json.dumps(TINY))
-    torch.manual_seed(0)
-    save_file(open_clip.CLIP(**TINY["model_cfg"]).state_dict(), folder / "open_clip_model.safetensors")
-    return folder
+    return build_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")

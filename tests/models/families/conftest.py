@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from exports import merged, nf4  # noqa: F401 - fixtures
 from tiny_models import stores_of, with_dequantised
 
 from raycap.config import from_dict

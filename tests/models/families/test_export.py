@@ -10,8 +10,6 @@ import torch
 
 from raycap.export.captioner import Captioner
 from raycap.export.folder import verify
-from raycap.export.merge import merge
-from raycap.export.requantise import requantise
 from raycap.models import load_model
 from raycap.models.lora import export_adapter, start
 from raycap.models.quantise import quantised_linears
@@ -51,17 +49,6 @@ def adapter(case, config, base, tmp_path_factory):
         tmp_path_factory.mktemp("adapter"), weights, spec, config.model.path, family.task_type,
         full=whole, full_file=family.full_file,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def merged(config, adapter, tmp_path_factory):
-    out = tmp_path_factory.mktemp("merged")
-    return {onto: merge(config.model, config.data, adapter, out / onto, onto) for onto in ("original", "dequantised")}
-
-
-@pytest.fixture(scope="module")
-def nf4(config, merged, tmp_path_factory):
-    return requantise(config.model, config.data, merged["dequantised"], tmp_path_factory.mktemp("nf4") / "model")
 
 
 @pytest.fixture(scope="module")
