@@ -53,6 +53,7 @@ __all__ = [
     "preset_names",
     "put_settings",
     "setting_kind",
+    "trains_alone",
 ]
 
 
@@ -174,6 +175,13 @@ def check(config: Config) -> None:
         raise ConfigError(f"lora.layers={c.lora.layers!r} must be empty (all) or top<n>, for example top6")
     if c.lora.layers and c.lora.scope != "all" and "language" not in c.lora.scope.split("+"):
         raise ConfigError(f"lora.layers={c.lora.layers} has no effect with lora.scope={c.lora.scope}")
+    if alone := trains_alone(c):
+        if c.tune.slots != 1:
+            raise ConfigError(f"{alone} trains one adapter at a time: set tune.slots=1 (it is {c.tune.slots})")
+        if c.lora.full or "lora.full" in c.tune.space:
+            raise ConfigError(f"{alone} cannot train a part in full beside the adapter: leave lora.full out")
+        if c.tune.memory_limit_bytes:
+            raise ConfigError(f"{alone}: what it takes is not predicted, so tune.memory_limit_bytes can rule out nothing")
     if not c.lora.targets:
         raise ConfigError("lora.targets is empty: no module would get an adapter")
     if c.train.warmup_steps and c.train.warmup_ratio:
@@ -243,6 +251,16 @@ def check(config: Config) -> None:
         raise ConfigError(f"model.double_quantisation has no effect with model.quantisation={c.model.quantisation}")
     if c.model.materialise and c.model.quantisation == "none":
         raise ConfigError("model.materialise has no effect with model.quantisation=none")
+
+
+def trains_alone(config: Config) -> str:
+    """The setting for which trials cannot be packed, as `key=value`; empty where they can."""
+    space = config.tune.space.get("lora.variant") or {}
+    choices = space.get("choice", ()) if isinstance(space, Mapping) else ()
+    for variant in (config.lora.variant, *choices):
+        if variant != "lora":
+            return f"lora.variant={variant}"
+    return ""
 
 
 _GREEDY = DecodeSettings()

@@ -120,6 +120,9 @@ class LoraSettings:
     """Language layers that get adapters: `top6` are the six nearest the head; empty: all."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r (rsLoRA)."""
+    variant: Literal["lora", "dora"] = "lora"
+    """dora: each row of an adapted weight has a length of its own, learnt beside its direction; trains with
+    tune.slots=1, through peft."""
     init_from: str = ""
     """A PEFT adapter that every trial begins with, of the same rank, alpha and targets; empty begins anew."""
     scope: str = "language"

@@ -13,11 +13,11 @@ from raycap.errors import ConfigError, did_you_mean
 
 SWEEPABLE = (
     "lora.r", "lora.alpha", "lora.alpha_per_rank", "lora.dropout", "lora.targets", "lora.layers", "lora.rslora",
-    "lora.scope", "lora.full",
+    "lora.scope", "lora.full", "lora.variant",
     "train.lr", "train.schedule", "train.warmup_steps", "train.warmup_ratio", "train.weight_decay",
     "train.beta1", "train.beta2", "train.max_grad_norm", "data.captions",
 )  # fmt: skip
-"""Settings that may differ between the slots of one pack."""
+"""Settings that may differ between the trials of one sweep."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +50,8 @@ class TrialSpec:
     """lora.scope: which parts of the model get adapters."""
     full: tuple[str, ...] = ()
     """lora.full: which parts are trained in full."""
+    variant: str = "lora"
+    """lora.variant: the kind of adapter."""
 
     @property
     def scale(self) -> float:
@@ -125,4 +127,5 @@ def trial_spec(
         rslora=c.lora.rslora,
         scope=c.lora.scope,
         full=c.lora.full,
+        variant=c.lora.variant,
     )

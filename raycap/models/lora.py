@@ -17,9 +17,11 @@ from raycap.errors import ConfigError, ModelError
 from raycap.files import read_json, write_atomic, write_json
 from raycap.trial import TrialSpec
 
-Weights = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""Module path -> (A [r, I], B [O, r])."""
+Weights = Mapping[str, tuple[torch.Tensor, ...]]
+"""Module path -> (A [r, I], B [O, r]); of DoRA with the magnitude [O] behind them."""
 _PREFIX = "base_model.model."
+_MAGNITUDE = ".lora_magnitude_vector"
+"""Of DoRA (Liu et al. 2024): the length of each row of the adapted weight."""
 
 
 def start(spec: TrialSpec, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype = torch.float32) -> Weights:
@@ -60,7 +62,7 @@ def export_adapter(
     folder = Path(folder)
     tensors = {}
     whole: dict[str, torch.Tensor] = {}
-    for path, (a, b) in weights.items():
+    for path, (a, b, *magnitude) in weights.items():
         if path in full:
             whole[f"{path}.weight"] = a.detach().cpu().contiguous()
             if b.shape[1]:
@@ -68,6 +70,8 @@ def export_adapter(
             continue
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = a.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = b.detach().cpu().contiguous()
+        if magnitude:
+            tensors[f"{_PREFIX}{path}{_MAGNITUDE}"] = magnitude[0].detach().cpu().contiguous()
     if whole and full_file:
         write_atomic(folder / full_file, save(whole, metadata={"format": "pt"}))
     else:
@@ -86,7 +90,7 @@ def export_adapter(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "use_dora": False,
+        "use_dora": spec.variant == "dora",
         "use_rslora": spec.rslora,
     }
     # Last: a folder without it is unfinished.
@@ -110,10 +114,10 @@ def import_adapter(folder: Path | str, full_file: str = "") -> tuple[dict[str, A
         raise ModelError(f"{folder} holds no readable PEFT adapter: {error}") from error
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder} is a {config.get('peft_type')} adapter; a slot holds LORA only")
-    for name in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias"):
+    for name in ("rank_pattern", "alpha_pattern", "lora_bias"):
         if config.get(name):
             raise ModelError(f"{folder}: {name}={config[name]} is nothing that a slot holds; train it alone, with peft")
-    weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    weights: dict[str, tuple[torch.Tensor, ...]] = {}
     whole = {f"{_PREFIX}{p}.{leaf}" for p in config.get("modules_to_save") or () for leaf in ("weight", "bias")}
     full = {key.removeprefix(_PREFIX): tensors.pop(key) for key in whole & set(tensors)}
     if full_file and (folder / full_file).is_file():
@@ -124,11 +128,14 @@ def import_adapter(folder: Path | str, full_file: str = "") -> tuple[dict[str, A
             bias = full.get(f"{path}.bias")
             weights[path] = (weight, weight.new_empty(len(weight), 0) if bias is None else bias[:, None])
     count = len(weights)
+    lengths = {key: tensors.pop(key) for key in list(tensors) if key.endswith(_MAGNITUDE)}
     for key, a in tensors.items():
         path, _, kind = key.removeprefix(_PREFIX).rpartition(".lora_")
         other = f"{_PREFIX}{path}.lora_B.weight"
         if kind == "A.weight" and other in tensors:
             weights[path] = (a, tensors[other])
+            if f"{_PREFIX}{path}{_MAGNITUDE}" in lengths:
+                weights[path] += (lengths[f"{_PREFIX}{path}{_MAGNITUDE}"],)
     if len(weights) == count or 2 * (len(weights) - count) != len(tensors):
         raise ModelError(f"{folder}: {len(tensors)} tensors are not pairs of lora_A and lora_B")
     return config, weights

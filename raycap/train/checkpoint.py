@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from raycap.files import atomic_folder, read_json, write_json
 
 _CONTIGUOUS = torch.contiguous_format
 TENSORS = ("value", "m", "v", "best")
-"""Parts of a state that are {module path: (A, B)}; the rest is plain."""
+"""Parts of a state that are {module path: (A, B)}, or more tensors where an adapter has them; the rest is plain."""
 
 
 def save(folder: Path | str, states: Mapping[str, Mapping[str, Any]]) -> Path:
@@ -24,8 +26,8 @@ def save(folder: Path | str, states: Mapping[str, Mapping[str, Any]]) -> Path:
         for trial_id, state in states.items():
             tensors: dict[str, torch.Tensor] = {}
             for kind in TENSORS:
-                for path, pair in (state[kind] or {}).items():
-                    for name, tensor in zip("AB", pair):
+                for path, found in (state[kind] or {}).items():
+                    for name, tensor in zip(ascii_uppercase, found):
                         # A copy: the best weights may be the present ones, and safetensors refuses shared memory.
                         tensors[f"{kind}/{path}/{name}"] = tensor.detach().cpu().clone(memory_format=_CONTIGUOUS)
             # Not by save_file, which hides a full disk behind an error of its own.
@@ -48,10 +50,11 @@ def load(folder: Path | str) -> dict[str, dict[str, Any]]:
         for trial_id in read_json(folder / "manifest.json")["trials"]:
             state: dict[str, Any] = {**read_json(folder / f"{trial_id}.json"), **{kind: {} for kind in TENSORS}}
             tensors = load_file(folder / f"{trial_id}.safetensors")
-            for key, a in tensors.items():
+            for key in tensors:
                 kind, _, path = key.removesuffix("/A").partition("/")
                 if key.endswith("/A"):
-                    state[kind][path] = (a, tensors[f"{kind}/{path}/B"])
+                    names = (f"{kind}/{path}/{letter}" for letter in ascii_uppercase)
+                    state[kind][path] = tuple(tensors[n] for n in takewhile(tensors.__contains__, names))
             state["best"] = state["best"] or None
             states[trial_id] = state
     except Exception as error:

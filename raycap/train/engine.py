@@ -25,7 +25,7 @@ from raycap.models.dropout import Keys, SharedKeys, key_base_dropout
 from raycap.models.lora import Weights, export_adapter, import_adapter, start
 from raycap.models.stacked import KINDS, Stacks
 from raycap.train.features import Images
-from raycap.train.lanes import lanes_for
+from raycap.train.lanes import Lanes, lanes_for
 from raycap.train.loss import slot_losses
 from raycap.train.optim import FIRST_LOSS_SCALE, LossScale, StackedAdamW
 from raycap.train.padding import Padding, longest_captions
@@ -71,7 +71,7 @@ class PackEngine:
     def __init__(self, cm: CaptionModel, stores: Mapping[str, Store], config: Config, slots: int):
         self.cm, self.stores, self.config, self.max_slots = cm, dict(stores), config, slots
         self.device = cm.device
-        self.lanes = lanes_for(cm.device)
+        self.lanes = self._make_lanes()
         self.keys = Keys() if self.lanes.count > 1 else SharedKeys()
         # Trials of a sweep may differ in what they adapt: the pack is made for all of it.
         full = sorted({part for value in values_of(config, "lora.full") for part in value})
@@ -95,9 +95,7 @@ class PackEngine:
         key_base_dropout(cm.model, self.keys, on=config.train.base_dropout)
         if config.train.gradient_checkpointing:
             checkpoint_layers(cm)
-        self.stacks = Stacks(
-            cm.model, self.keys, compute_dtype=cm.compute_dtype, device=cm.device, lanes=self.lanes.count
-        )
+        self.stacks = self._make_stacks()
         self.stacks.full.update(self.full)
         self.slots: dict[str, Slot] = {}
         self.stacked: list[str] = []
@@ -119,6 +117,17 @@ class PackEngine:
         self.scaled = cm.compute_dtype == torch.float16
         self.padding = Padding()
         self.validator = Validator(cm, self.images, config, self.lanes)
+
+    # What another kind of adapter does differently (raycap.train.alone).
+    def _make_lanes(self) -> Lanes:
+        return lanes_for(self.device)
+
+    def _make_stacks(self) -> Stacks:
+        cm = self.cm
+        return Stacks(cm.model, self.keys, compute_dtype=cm.compute_dtype, device=cm.device, lanes=self.lanes.count)
+
+    def _make_optimiser(self, slots: list[Slot]) -> StackedAdamW:
+        return StackedAdamW([s.spec for s in slots], self.device, self.stacks.dtype)
 
     # --- coming and going ---------------------------------------------------------------------------------------------
 
@@ -168,6 +177,9 @@ class PackEngine:
     def _read(self, spec: TrialSpec, targets: list[str], folder: Path | str) -> Weights:
         """The adapter in `folder`, checked to be of the trial's modules, rank and scale."""
         config, weights = import_adapter(Path(folder).expanduser(), self.cm.family.full_file)
+        if bool(config.get("use_dora")) != (spec.variant == "dora"):
+            kind = "a DoRA adapter" if config.get("use_dora") else "an adapter without DoRA's magnitudes"
+            raise ModelError(f"{folder} is {kind}, the trial's lora.variant is {spec.variant}")
         self._check_fits(spec, targets, weights)
         if config["lora_alpha"] != spec.alpha or bool(config.get("use_rslora")) != spec.rslora:
             raise ModelError(
@@ -246,15 +258,19 @@ class PackEngine:
         self._unstack()
         chosen = [self.slots[t] for t in wanted]
         self.stacks.rebuild([s.spec for s in chosen], [s.tensors for s in chosen])
-        self.optimiser = StackedAdamW([s.spec for s in chosen], self.device, self.stacks.dtype)
+        self.optimiser = self._make_optimiser(chosen)
         self.stacked = wanted
 
     def _unstack(self) -> None:
         """Cut the stacks back into the slots that they were made from."""
-        for k, trial_id in enumerate(self.stacked):
-            slot = self.slots[trial_id]
-            slot.tensors = {kind: self.stacks.cut(k, kind, slot.targets) for kind in KINDS}
+        for trial_id in self.stacked:
+            self.slots[trial_id].tensors = self._cut(trial_id)
         self.stacked = []
+
+    def _cut(self, trial_id: str) -> dict[str, Weights]:
+        """value, m and v of a slot that is in the stacks."""
+        k, targets = self.stacked.index(trial_id), self.slots[trial_id].targets
+        return {kind: self.stacks.cut(k, kind, targets) for kind in KINDS}
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -443,10 +459,7 @@ class PackEngine:
     def state(self, trial_id: str) -> dict[str, Any]:
         """All that `admit` needs to go on as if nothing had happened: plain values, and tensors by module path."""
         slot = self._slot(trial_id)
-        tensors = slot.tensors
-        if trial_id in self.stacked:
-            k = self.stacked.index(trial_id)
-            tensors = {kind: self.stacks.cut(k, kind, slot.targets) for kind in KINDS}
+        tensors = self._cut(trial_id) if trial_id in self.stacked else slot.tensors
         return {
             "spec": slot.spec.to_dict(),
             "step": slot.step,

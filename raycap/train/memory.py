@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from raycap.config import Config
-from raycap.errors import RaycapError
+from raycap.config import Config, trains_alone
+from raycap.errors import ConfigError, RaycapError
 from raycap.models import load_family, resolve_path
 from raycap.models.base import IGNORED, CaptionModel, evaluating
 from raycap.models.known import KNOWN
@@ -86,6 +86,8 @@ class Predictor:
     """Makes what counts a block's bytes: `now` and `peak`."""
 
     def __init__(self, config: Config, *, dtype: torch.dtype | None = None):
+        if alone := trains_alone(config):
+            raise ConfigError(f"the memory that {alone} takes is not predicted")
         self.config = config
         self.family = load_family(config.model.family, config.model)
         path = config.model.path

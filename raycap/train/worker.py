@@ -325,7 +325,7 @@ def build_engine(config: Config, job: dict[str, Any], log: Callable[[str], None]
     from raycap.data.parquet import open_shards
     from raycap.models import load_model
     from raycap.train import checkpoint
-    from raycap.train.engine import PackEngine
+    from raycap.train.alone import engine_class
     from raycap.train.feed import Feed
 
     # Ray sets one thread for a worker of one CPU; the packs of a machine share all of its cores.
@@ -337,4 +337,4 @@ def build_engine(config: Config, job: dict[str, Any], log: Callable[[str], None]
     log(
         f"base {config.model.path}: {cm.quantisation}, computes in {cm.compute_dtype}, {time.monotonic() - began:.1f} s"
     )
-    return PackEngine(cm, feed.stores, config, config.tune.slots), checkpoint, feed
+    return engine_class(config)(cm, feed.stores, config, config.tune.slots), checkpoint, feed

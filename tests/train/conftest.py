@@ -10,6 +10,7 @@ from tiny_models import random_git, stores_of, with_dequantised
 from raycap.config import from_dict
 from raycap.data.shapes import generate
 from raycap.models import load_model
+from raycap.train.alone import engine_class
 from raycap.train.engine import PackEngine
 from raycap.trial import trial_spec
 
@@ -72,7 +73,8 @@ def make_engine(make_stores):
             cm = with_dequantised(config, torch.float64)
         else:
             cm = load_model(config.model, config.data, compute_dtype=dtype, device="cpu")
-        return PackEngine(cm, make_stores(cm), config, slots)
+        kind = engine_class(config)
+        return kind(cm, make_stores(cm), config, slots if kind is PackEngine else 1)
 
     return make_engine
 
