@@ -181,7 +181,7 @@ def check(config: Config) -> None:
         if c.lora.full or "lora.full" in c.tune.space:
             raise ConfigError(f"{alone} cannot train a part in full beside the adapter: leave lora.full out")
         if c.tune.memory_limit_bytes:
-            raise ConfigError(f"{alone}: what it takes is not predicted, so tune.memory_limit_bytes can rule out nothing")
+            raise ConfigError(f"{alone}: what it takes is not predicted, so tune.memory_limit_bytes must be 0")
     if not c.lora.targets:
         raise ConfigError("lora.targets is empty: no module would get an adapter")
     if c.train.warmup_steps and c.train.warmup_ratio:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from raycap.cli.common import add_json, add_plain, add_settings, preset_list
 from raycap.cli.sweep import dry_run, finished, new_config, resumed_config
-from raycap.config import from_dict
 
 NAME = "train"
 HELP = "train one adapter with the preset's own settings, and take it the same way as a sweep's winner"
@@ -19,6 +18,11 @@ examples:
 
 {preset_list()}; the path of your own .yaml works too
 """
+ONE_TRIAL = (
+    "tune.trials=1", "tune.slots=1", "tune.packs=1", "tune.scheduler=none", "tune.grace_steps=0", "tune.space={}",
+    "tune.default_trial=false", "tune.confirm_seeds=0",
+)  # fmt: skip
+"""A pack of one that nobody prunes: the preset's own point, not one drawn from its space."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,11 +42,7 @@ def run(args: argparse.Namespace) -> int:
         if run_status(config.run.dir) == "finished":
             return finished(Path(config.run.dir), as_json=args.json)
     else:
-        tree = new_config(args.preset, args.settings).to_dict()
-        # A pack of one that nobody prunes: the preset's own point, not one drawn from its space.
-        tree["tune"] |= {"trials": 1, "slots": 1, "packs": 1, "scheduler": "none", "grace_steps": 0, "space": {}}
-        tree["tune"] |= {"default_trial": False, "confirm_seeds": 0}
-        config = from_dict(tree)
+        config = new_config(args.preset, [*args.settings, *ONE_TRIAL])
     if args.dry_run:
         return dry_run(config, as_json=args.json)
     from raycap.pipeline import train

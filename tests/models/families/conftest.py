@@ -16,6 +16,7 @@ from raycap.config import from_dict
 from raycap.data.shapes import generate
 from raycap.models import load_model
 from raycap.models.tiny import build_twin
+from raycap.train.alone import engine_class
 from raycap.train.engine import PackEngine
 from raycap.trial import trial_spec
 
@@ -191,7 +192,8 @@ def make_stores(scenes, tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_engine(make_stores):
     def make_engine(cm, config, slots=8):
-        return PackEngine(cm, make_stores(cm), config, slots)
+        kind = engine_class(config)
+        return kind(cm, make_stores(cm), config, slots if kind is PackEngine else 1)
 
     return make_engine
 
