@@ -136,6 +136,11 @@ def import_adapter(folder: Path | str, full_file: str = "") -> tuple[dict[str, A
             weights[path] = (a, tensors[other])
             if f"{_PREFIX}{path}{_MAGNITUDE}" in lengths:
                 weights[path] += (lengths[f"{_PREFIX}{path}{_MAGNITUDE}"],)
+    if len(lengths) != (len(weights) - count if config.get("use_dora") else 0):
+        raise ModelError(
+            f"{folder}: use_dora={bool(config.get('use_dora'))}, and there are {len(lengths)} magnitudes of "
+            f"{len(weights) - count} modules"
+        )
     if len(weights) == count or 2 * (len(weights) - count) != len(tensors):
         raise ModelError(f"{folder}: {len(tensors)} tensors are not pairs of lora_A and lora_B")
     return config, weights
