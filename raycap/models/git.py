@@ -5,6 +5,7 @@ Image tokens see each other, text sees the image and the text before it. Shapes 
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -40,18 +41,20 @@ class Git(Family):
         model = GitForCausalLM.from_pretrained(path, **options)
         if model.config.num_image_with_embedding is not None:
             raise ConfigError(f"{path} is a GIT for videos; raycap captions single images")
-        return self._taking_features(model)
+        return self._reclassed(model)
 
     def build(self, config):
         from transformers import GitForCausalLM
 
-        return self._taking_features(GitForCausalLM(config))
+        return self._reclassed(GitForCausalLM(config))
 
-    def _taking_features(self, model):
+    def _reclassed(self, model):
         model.git.image_encoder.requires_grad_(False)
         # Another class of the same module, not a module around it: the tower's paths stay those that plain peft knows.
         encoder = model.git.image_encoder
         encoder.__class__ = _taking_features(type(encoder))
+        last = model.git.encoder.layer[-1]
+        last.__class__ = _text_only(type(last))
         return model
 
     # --- text ---------------------------------------------------------------------------------------------------------
@@ -71,8 +74,9 @@ class Git(Family):
             attention_mask=batch["attention_mask"],
             pixel_values=self._visual_input(cm, images),  # GIT itself repeats fewer images over the rows, as tiles
             use_cache=False,
+            text_tokens=batch["input_ids"].shape[1],
         ).last_hidden_state
-        return head_at_labels(cm.model.output, hidden[:, -batch["input_ids"].shape[1] :], batch["labels"])
+        return head_at_labels(cm.model.output, hidden, batch["labels"])
 
     @torch.no_grad()
     def generate(self, cm, images, decode):
@@ -107,3 +111,32 @@ def _taking_features(kind: type[nn.Module]) -> type[nn.Module]:
         return kind.forward(self, pixel_values, **options)
 
     return type(kind.__name__, (kind,), {"forward": forward})
+
+
+@lru_cache
+def _text_only(kind: type[nn.Module]) -> type[nn.Module]:
+    """The last layer's class that, told `text_tokens`, gives those alone: what becomes of the image there nobody reads.
+
+    Image tokens are still looked at; they have keys and values, but no queries and no feed-forward.
+    """
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, *, text_tokens=None, **options):
+        if text_tokens is None or past_key_values is not None:
+            return kind.forward(self, hidden_states, attention_mask, past_key_values, **options)
+        text = hidden_states[:, -text_tokens:]
+        seen = _attend(self.attention.self, text, hidden_states, attention_mask[:, :, -text_tokens:])
+        return self.feed_forward_chunk(self.attention.output(seen, text))
+
+    return type(kind.__name__, (kind,), {"forward": forward})
+
+
+def _attend(attention: nn.Module, asking: torch.Tensor, asked: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """GitSelfAttention of `asking` [B, T, D] over `asked` [B, N + T, D]; `mask` [B, 1, T, N + T] is added. [B, T, D]"""
+    heads = (attention.num_attention_heads, attention.attention_head_size)
+    query, key, value = (
+        linear(x).unflatten(-1, heads).transpose(1, 2)
+        for linear, x in ((attention.query, asking), (attention.key, asked), (attention.value, asked))
+    )
+    scores = query @ key.transpose(-1, -2) / math.sqrt(attention.attention_head_size) + mask
+    found = attention.dropout(scores.softmax(dim=-1)) @ value
+    return found.transpose(1, 2).flatten(2)

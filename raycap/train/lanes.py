@@ -7,22 +7,19 @@ added up in the lanes' order. So the result depends on how many lanes there are,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
-MIN_ROWS = 24
-"""Rows that a lane must have to be worth it: below, what an operation costs whatever its size is most of it."""
+MIN_ROWS = 8
+"""Rows that a lane must have to be worth it: below, what an operation costs whatever its size is most of it.
+
+(One trial of 16 rows of the tiny GIT: 39 ms a step in two lanes, 49 on one thread, and 38 on two that share each
+operation, but 81 in two lanes and 273 on two such threads while something else wants the cores.)"""
 MAX_LANES = 4
 """Python runs one lane at a time between two operations, and each lane holds gradients of all slots."""
-
-SMALL_PRODUCTS = 1 << 20
-"""Multiply-adds that a linear does for one position of all rows, below which cores wait for each other longer than they
-work. (One trial of 16 rows on a width of 128 has half of it: 51 ms a step on one thread, 57 on two that share their
-cores with Ray's processes; a width of 768 has nine times of it.)"""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -47,33 +44,22 @@ class Lanes:
         if len(items) <= 1 or self.count == 1:
             return [work(0, item) for item in items]
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(
-                self.count, "lane", initializer=torch.set_num_threads, initargs=(self.threads_each,)
-            )
+            self._pool = ThreadPoolExecutor(self.count, "lane")
         found: list[R] = []
         for first in range(0, len(items), self.count):
-            futures = [
-                self._pool.submit(work, lane, item) for lane, item in enumerate(items[first : first + self.count])
-            ]
+            wave = items[first : first + self.count]
+            threads = self.count * self.threads_each // len(wave)
+            futures = [self._pool.submit(self._with, threads, work, lane, item) for lane, item in enumerate(wave)]
             wait(futures)
             found += [future.result() for future in futures]
         return found
 
-    @contextmanager
-    def threads(self, products: float) -> Iterator[None]:
-        """For the block: this thread alone where there are lanes, but too little to do for two of them or for two cores.
-
-        Goes by the work and not by the clock, since the number of threads may change the last bits of a sum.
-        """
-        before = torch.get_num_threads()
-        alone = self.count > 1 and products < SMALL_PRODUCTS
-        if alone:
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            if alone:
-                torch.set_num_threads(before)
+    @staticmethod
+    def _with(threads: int, work: Callable[[int, T], R], lane: int, item: T) -> R:
+        """`work` in a lane's thread, whose number of threads is its own; cores of lanes without work are shared out."""
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        return work(lane, item)
 
     def close(self) -> None:
         if self._pool is not None:

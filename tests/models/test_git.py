@@ -65,6 +65,31 @@ def test_logits_at_labels_are_those_of_the_whole_model(cm, pixel_values):
     assert torch.equal(found.rows, torch.nonzero(learnt)[:, 0])
 
 
+def test_gradients_are_those_of_a_last_layer_that_carries_the_image_on(cm, pixel_values, monkeypatch):
+    """The last layer computes text positions alone; what reaches the image's keys and values must not be lost."""
+    batch = texts(cm, ["a red ring", "two blue stars above a green cross"])
+    last = cm.model.git.encoder.layer[-1]
+    # A key's bias has no gradient: softmax does not see it.
+    wanted = [last.attention.self.value.bias, last.output.LayerNorm.weight]
+    wanted.append(cm.model.git.encoder.layer[0].output.LayerNorm.bias)
+    for parameter in wanted:
+        parameter.requires_grad_(True)
+
+    def gradients():
+        logits = cm.family.label_logits(cm, batch, pixel_values(cm)[:2]).logits
+        return [logits, *torch.autograd.grad(logits.square().sum(), wanted)]
+
+    trimmed, layer = gradients(), type(last)
+
+    def whole_layer(self, *args, text_tokens, **options):
+        return layer.forward(self, *args, **options)[:, -text_tokens:]
+
+    monkeypatch.setattr(last, "__class__", type("Whole", (layer,), {"forward": whole_layer}))
+    for mine, whole in zip(trimmed, gradients()):
+        assert torch.allclose(mine, whole, rtol=1e-4, atol=1e-5 * float(whole.detach().abs().max()))
+    assert all(g.abs().max() > 0 for g in trimmed)
+
+
 def test_padding_to_a_longer_length_changes_nothing(cm, pixel_values):
     batch = texts(cm, ["a red ring"])
     longer = {k: torch.nn.functional.pad(v, (0, 7), value=IGNORED if k == "labels" else 0) for k, v in batch.items()}

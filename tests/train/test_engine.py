@@ -14,6 +14,7 @@ from raycap.errors import ConfigError, DataError, ModelError, RunError
 from raycap.models import load_model
 from raycap.models.quantise import dequantise, quantised_linears
 from raycap.train import checkpoint
+from raycap.train.lanes import Lanes
 from raycap.train.optim import FIRST_LOSS_SCALE
 from raycap.train.padding import longest_captions
 
@@ -218,6 +219,7 @@ def test_a_choice_by_scores_that_are_not_there_is_refused(make_engine, config, s
 def test_one_base_product_a_linear_and_step(make_engine, config, specs, count):
     c = config()
     engine = make_engine(c)
+    engine.lanes = Lanes()  # with two of them each applies it to its own rows
     for spec in specs(c, count):
         engine.admit(spec)
     calls = {}
