@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import secrets
@@ -89,7 +90,9 @@ def connect(
             options["num_gpus"] = num_gpus
     with _chatter(log):
         try:
-            ray.init(**options, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.getLogger("ray").level)
+            with _any_agent_port():
+                level = logging.getLogger("ray").level
+                ray.init(**options, namespace=NAMESPACE, log_to_driver=False, logging_level=level)
         except (ConnectionError, RuntimeError, OSError, ValueError) as error:
             if "address" in options and options["address"] != "local":
                 raise RunError(f"{_not_let_in(address)} Ray says: {error}") from error
@@ -138,6 +141,23 @@ def _chatter(log: Path | None) -> Iterator[None]:
     finally:
         logger.handlers[:], worker.print_to_stdstream = before[0], before[2]
         logger.setLevel(before[1])
+
+
+@contextmanager
+def _any_agent_port() -> Iterator[None]:
+    """A Ray that starts meanwhile takes any free port for its agent, which `ray.init` has no setting for.
+
+    With Ray's fixed one a cluster head that is started on this machine later finds no port for its own agent, and
+    answers every `ray job submit` with "No available agent to submit job".
+    """
+    from ray._private import parameter
+
+    usual = parameter.RayParams
+    parameter.RayParams = functools.partial(usual, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        parameter.RayParams = usual
 
 
 def _not_let_in(address: str) -> str:

@@ -139,3 +139,11 @@ def test_a_cluster_that_does_not_let_us_in_is_explained(monkeypatch):
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/etc/token")
     assert "RAY_AUTH_MODE=disabled" not in cluster._not_let_in("h:1") and "/etc/token" in cluster._not_let_in("h:1")
+
+
+@pytest.mark.ray
+def test_a_private_ray_leaves_the_agents_usual_port_to_a_cluster_head(ray_session):
+    from ray._private import parameter, ray_constants, worker
+
+    assert worker._global_node.dashboard_agent_listen_port != ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+    assert isinstance(parameter.RayParams, type)
