@@ -26,8 +26,8 @@ class RunSettings:
     checkpoints and adapters travel through it, and `run.dir` is the driver's own. Empty: one node, or a `run.dir` and
     `run.cache_dir` that all nodes see."""
     store_gb: float = 0.0
-    """Disk that decoded images may take under `cache_dir` on a node; those not used for longest make room, and a set
-    that does not fit is read in windows. 0: four fifths of what is free."""
+    """Disk that decoded images and vision features may take under `cache_dir` on a node; those not used for longest make
+    room, and a set that does not fit is read in windows. 0: four fifths of what is free."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +148,9 @@ class TrainSettings:
     beta1: float = 0.9
     beta2: float = 0.999
     max_grad_norm: float = 1.0
+    features: Literal["auto", "on", "off"] = "auto"
+    """Whether what a frozen vision tower makes of an image is kept on disk: auto keeps it where a measurement at the start
+    says that this is faster over the steps and rungs ahead, and `run.store_gb` has room; off computes it at each look."""
     gradient_checkpointing: bool = False
     """Keep less of the forward and compute it again in backward: memory for about a third more time."""
     base_dropout: bool = True
@@ -178,7 +181,8 @@ class TuneSettings:
     prune_collapsed: bool = False
     """Stop a trial whose captions have collapsed at a rung, whatever its score."""
     memory_limit_bytes: int = 0
-    """Trials that would take more of a GPU alone, as predicted, are trained but cannot win (0: no limit)."""
+    """Trials that would take more of a GPU alone, as predicted, are trained but cannot win, and at the rungs they are
+    compared among themselves, so that none takes the place of one that can win (0: no limit)."""
     confirm_seeds: int = 0
     """Train the best settings again with so many other seeds, for a verdict on the settings (0: adapters alone)."""
     confirm_top: int = 2

@@ -388,7 +388,7 @@ class Store:
                     values = allocate(file, shape, np.dtype(dtype))
                 except OSError as error:
                     raise RunError(
-                        f"cannot write {file}: {error.strerror}. Free space, or choose another cache."
+                        f"cannot write {file}: {error.strerror}. Free space, choose another cache, or set train.features=off."
                     ) from error
                 seen = np.zeros(self.count, dtype=bool)
                 for rows, part in batches:

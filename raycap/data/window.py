@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -333,8 +333,9 @@ def open_store(
     return WindowStore(shards, split, cache_dir, image_shape, read, limit // 2)
 
 
-def room_for(cache_dir: Path, folder: Path, needed_bytes: int, limit_bytes: int) -> bool:
-    """Whether a store of `needed_bytes` in `folder` fits; stores that were not used for longest are removed to make room.
+def room_for(cache_dir: Path, folder: Path, needed_bytes: int, limit_bytes: int, keep: Collection[Path] = ()) -> bool:
+    """Whether a store of `needed_bytes` in `folder` fits; stores that were not used for longest are removed to make room,
+    but those in `keep`.
 
     With a limit of 0 stores may take FREE_SHARE of the free disk. A store that somebody fills stays; one that somebody
     reads loses its name, and its blocks when the reader ends.
@@ -352,9 +353,11 @@ def room_for(cache_dir: Path, folder: Path, needed_bytes: int, limit_bytes: int)
             never = False
         if fits:
             return True
-        if never or not others:
+        old = next((f for f in others if f not in keep), None)
+        if never or old is None:
             return False
-        _remove(others.pop(0))
+        others.remove(old)
+        _remove(old)
 
 
 def _remove(folder: Path) -> None:

@@ -172,6 +172,8 @@ class _Run:
         self.facts.update(best_trial=found.best, pids=found.pids, notes=found.notes)
         if found.tokens:
             self.facts["data"]["tokens"] = found.tokens
+        if found.features:
+            self.facts["features"] = found.features
         return found
 
     def _write_trials(self, found: Any) -> None:

@@ -62,6 +62,8 @@ class ReportData:
     peak_memory_bytes: int = 0
     weights_bytes: dict[str, int] = field(default_factory=dict)
     """Variant -> size of its weights as they are stored."""
+    features: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By split, whether vision features were kept on disk, and the figures behind it."""
     device: str = ""
     data: dict[str, Any] = field(default_factory=dict)
     """Facts of the data in the order to show: counts, what was dropped, hashes."""
@@ -109,6 +111,7 @@ def report_data(run: Run) -> ReportData:
         "seconds_by_phase": entry.get("seconds_by_phase", {}),
         "peak_memory_bytes": entry.get("peak_memory_bytes", 0),
         "weights_bytes": entry.get("weights_bytes") or weights_bytes(run.folder, config),
+        "features": entry.get("features") or {},
         "device": entry.get("device", ""),
         "data": {"source": data.get("source", ""), **facts, "sha256": entry.get("data_sha256", "")},
         "base": {"model": model.get("path", ""), "family": model.get("family", ""),

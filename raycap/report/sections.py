@@ -14,6 +14,7 @@ from raycap.report.livetable import duration, number
 from raycap.report.pictures import KINDS, PROMOTED, WORST, Picture, is_jpeg
 from raycap.report.plots import for_page
 from raycap.report.tables import METRIC_NAMES, named, pairs, scrolled, size
+from raycap.train.choice import Choice
 
 Drawn = Mapping[str, tuple[str, str]]
 PHASE_COLOURS = ("var(--accent)", "var(--finished)", "var(--good)", "var(--warn)", "var(--stopped)", "var(--muted)")
@@ -266,6 +267,7 @@ def cost(data: ReportData) -> str:
         if steps and data.batch and "sweep" in spent
         else "",
         "peak memory, all processes": size(data.peak_memory_bytes) if data.peak_memory_bytes else "",
+        "vision features": "; ".join(f"{split}: {Choice(**found).line()}" for split, found in data.features.items()),
         "weights": {k: size(v) for k, v in sorted(data.weights_bytes.items(), key=lambda kv: variant_order(kv[0]))},
         "device": data.device,
     }

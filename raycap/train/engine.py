@@ -109,6 +109,13 @@ class PackEngine:
         self.frozen_vision = parts == {"language"}
         needed = {"vision", "projector"} if cm.family.stores_projected else {"vision"}
         self.images = Images(cm, stored=not parts & needed, shared=self.frozen_vision)
+        if config.train.features == "off":
+            self.images.kept = {store.split: False for store in self.stores.values()}
+        elif config.train.features == "on" and parts & needed:
+            raise ConfigError(
+                f"train.features=on has no effect: {' and '.join(sorted(parts & needed))} is trained here, so that what it "
+                "makes of an image changes with every step. Leave it out"
+            )
         self.samplers: dict[str, Sampler] = {}
         self.micro = config.train.batch // config.train.accumulation
         """Rows of a slot computed at once; halved when memory runs out."""
@@ -355,6 +362,12 @@ class PackEngine:
         train.wait(np.unique(pairs[:, 0]))
         lengths = train.token_lens(pairs) if captions == "all" else longest_captions(train, pairs[:, 0])
         return pairs[np.argsort(lengths, kind="stable")]
+
+    def images_at_once(self) -> int:
+        """Images of a piece of a step when all slots train."""
+        slots = self.max_slots
+        begin, end = self._cuts(self.config.train.batch, slots)[0][0]
+        return (end - begin) * (1 if self.images.shared else slots)
 
     def _cuts(self, rows: int, slots: int) -> list[list[tuple[int, int]]]:
         """Where a batch is cut: for each micro-batch, the [begin, end) of its pieces, a lane each."""

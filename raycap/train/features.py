@@ -25,12 +25,15 @@ _STORED_AS = {torch.bfloat16: np.uint16}
 class Images:
     """Hands out what the model takes for rows of a store: stored features, or pixel values.
 
-    With `stored`, features come from the store's file once the store is complete (they are computed then, unless
-    another run has left them there), and before that from the tower, bitwise the same.
+    With `stored` the model is given features. They come from the store's file once the store is complete (they are
+    computed then, unless another run has left them there), and before that from the tower, bitwise the same. Of a split
+    that `kept` says no to (train.keeping decides it) the tower computes them at each look.
     """
 
     def __init__(self, cm: CaptionModel, *, stored: bool, shared: bool | None = None):
         self.cm, self.stored = cm, stored
+        self.kept: dict[str, bool] = {}
+        """Whether features of a split are kept on disk; yes where nothing is said."""
         self.shared = stored if shared is None else shared
         """Whether slots can look at one copy of them: all that comes between tower and text is frozen too."""
         self._key: str | None = None
@@ -42,28 +45,32 @@ class Images:
         if not self.stored:
             store.wait(rows)
             return self._pixel_values(store, rows).to(self.cm.device, self.cm.compute_dtype)
+        if not self.kept.get(store.split, True):
+            store.wait(rows)
+            distinct, back = np.unique(rows, return_inverse=True)
+            return self.live(store, distinct)[torch.from_numpy(back).to(self.cm.device)]
         with self._lock:  # lanes ask side by side
             if store.features is None and store.complete:
                 self.store_features(store)
         if store.features is not None:
-            return self._from_numpy(np.asarray(store.features[rows]))
+            return self.from_numpy(np.asarray(store.features[rows]))
         store.wait(rows)
         distinct, back = np.unique(rows, return_inverse=True)
-        return self._encode(store, distinct)[torch.from_numpy(back).to(self.cm.device)]
+        return self.encode(store, distinct)[torch.from_numpy(back).to(self.cm.device)]
 
     def store_features(self, store: Store) -> None:
         """Make `store.features` there: attached where the same tower has left them, else computed for all images."""
         key = self.key(store)
         if store.attach_features(key):
             return
-        one = self._encode(store, np.arange(1))
+        one = self.encode(store, np.arange(1))
 
         def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for begin in range(0, store.count, TOWER_BATCH):
                 rows = np.arange(begin, min(begin + TOWER_BATCH, store.count))
-                yield rows, self._to_numpy(self._encode(store, rows))
+                yield rows, self.to_numpy(self.encode(store, rows))
 
-        store.add_features(key, one.shape[1:], str(self._to_numpy(one).dtype), batches())
+        store.add_features(key, one.shape[1:], str(self.to_numpy(one).dtype), batches())
 
     def key(self, store: Store) -> str:
         """Names the features: the tower's weights as they are in memory, dtype and device they are computed in."""
@@ -85,7 +92,13 @@ class Images:
             )
         return self._key
 
-    def _encode(self, store: Store, rows: np.ndarray) -> torch.Tensor:
+    def live(self, store: Store, rows: np.ndarray) -> torch.Tensor:
+        """Features of `rows`, computed in batches of what there is."""
+        batches = np.array_split(rows, -(-len(rows) // TOWER_BATCH))
+        return torch.cat([self.cm.family.encode_images(self.cm, self._pixel_values(store, part)) for part in batches])
+
+    def encode(self, store: Store, rows: np.ndarray) -> torch.Tensor:
+        """Features of `rows`, computed in batches of TOWER_BATCH, the last one filled up."""
         parts = []
         for begin in range(0, len(rows), TOWER_BATCH):
             part = rows[begin : begin + TOWER_BATCH]
@@ -96,11 +109,11 @@ class Images:
     def _pixel_values(self, store: Store, rows: np.ndarray) -> torch.Tensor:
         return self.cm.family.pixel_values(self.cm.processor, torch.from_numpy(store.pixels(rows)))
 
-    def _to_numpy(self, features: torch.Tensor) -> np.ndarray:
+    def to_numpy(self, features: torch.Tensor) -> np.ndarray:
         kind = _STORED_AS.get(features.dtype)
         features = features.detach().cpu().contiguous()
         return features.view(torch.uint16).numpy() if kind is not None else features.numpy()
 
-    def _from_numpy(self, array: np.ndarray) -> torch.Tensor:
+    def from_numpy(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return (tensor.view(self.cm.compute_dtype) if array.dtype == np.uint16 else tensor).to(self.cm.device)

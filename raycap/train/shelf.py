@@ -10,6 +10,9 @@ from typing import Any
 from raycap.storage import Storage
 from raycap.train.record import ENDED
 
+FEATURES = "features.json"
+"""In `run_storage`: whether vision features are kept, as train.keeping decided."""
+
 
 class Shelf:
     """Log, adapters and checkpoints of one pack.
@@ -49,6 +52,9 @@ class Shelf:
 
 def train_storage(job: dict[str, Any]) -> Storage:
     """The folder that holds one folder of Train's checkpoints for each pack."""
-    if job.get("storage"):
-        return Storage.open(job["storage"]) / "train"
-    return Storage.open(Path(job["run_dir"]) / "checkpoints" / "train")
+    return run_storage(job) / "train"
+
+
+def run_storage(job: dict[str, Any]) -> Storage:
+    """What all packs of a run share, and a resumed run finds."""
+    return Storage.open(job.get("storage") or Path(job["run_dir"]) / "checkpoints")

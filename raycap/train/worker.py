@@ -327,6 +327,8 @@ def build_engine(config: Config, job: dict[str, Any], log: Callable[[str], None]
     from raycap.train import checkpoint
     from raycap.train.alone import engine_class
     from raycap.train.feed import Feed
+    from raycap.train.keeping import keep_or_not
+    from raycap.train.shelf import run_storage
 
     # Ray sets one thread for a worker of one CPU; the packs of a machine share all of its cores.
     torch.set_num_threads(max(1, usable_cores() // job["packs"]))
@@ -337,4 +339,9 @@ def build_engine(config: Config, job: dict[str, Any], log: Callable[[str], None]
     log(
         f"base {config.model.path}: {cm.quantisation}, computes in {cm.compute_dtype}, {time.monotonic() - began:.1f} s"
     )
-    return engine_class(config)(cm, feed.stores, config, config.tune.slots), checkpoint, feed
+    engine = engine_class(config)(cm, feed.stores, config, config.tune.slots)
+    keep_or_not(
+        engine.images, feed.stores, config, run_storage(job), rungs=job["rungs"], trials=job["trials"], packs=job["packs"],
+        piece=engine.images_at_once(), log=log,
+    )  # fmt: skip
+    return engine, checkpoint, feed

@@ -3,6 +3,7 @@
 The run's place is <run.storage>/runs/<name of the run folder>:
 
     config.yaml, plan.json, rungs.json, trials.json, clock.json, tokens.json    the driver's record
+    features.json       what the first pack decided on the tower's features
     adapters/<trial>/   what a trial ended with, trial.json last
     train/<pack>/       Train's checkpoints
     logs/<pack>.log
@@ -26,9 +27,10 @@ from raycap.errors import DataError, RunError
 from raycap.files import read_json, write_atomic, write_json
 from raycap.storage import Storage
 from raycap.train.record import ENDED
+from raycap.train.shelf import FEATURES
 
 RECORD = ("config.yaml", "checkpoints/plan.json", "checkpoints/rungs.json", "checkpoints/trials.json",
-          "checkpoints/clock.json", "checkpoints/tokens.json")  # fmt: skip
+          "checkpoints/clock.json", "checkpoints/tokens.json", "checkpoints/features.json")  # fmt: skip
 BEAT_S = 10.0
 """Time between two signs of life of a driver on the storage."""
 PATIENCE_S = 300.0
@@ -114,8 +116,15 @@ class Mirror:
             if raw is not None:
                 write_atomic(self.run_dir / "logs" / name, raw)
 
+    def take_features(self) -> None:
+        """Bring what a pack has decided."""
+        file = self.run_dir / "checkpoints" / FEATURES
+        if not file.is_file() and (raw := self.place.get(FEATURES)) is not None:
+            write_atomic(file, raw)
+
     def end(self) -> None:
         """The driver leaves: all of the record is there, and the next driver need not wait."""
+        self.take_features()
         for name in RECORD:
             self.put(self.run_dir / name)
         self.take_logs()

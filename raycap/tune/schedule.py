@@ -53,10 +53,14 @@ class RungLedger:
         halving: bool = True,
         records: Mapping[str, TrialRecord] | None = None,
         exempt: Collection[str] = (),
+        apart: Collection[str] = (),
     ):
         self.exempt = frozenset(exempt)
         """Trials that are scored at every rung, never stopped for it, and not counted among those that others are
         compared with."""
+        self.apart = frozenset(apart)
+        """Trials that cannot win. They are compared among themselves, so that none takes a place of one that can; one in
+        eta goes on here too, and of fewer than eta none."""
         self.path = Path(path) if path else None
         self.rungs = list(steps)
         self.eta = eta
@@ -100,13 +104,13 @@ class RungLedger:
             return {"action": "go", "state": "", "reason": ""}
         if trial in self.exempt:
             return {"action": "go", "state": "", "reason": ""}
-        others = [s for t, s in scores.items() if s is not None and t not in self.exempt]
+        apart = trial in self.apart
+        others = [s for t, s in scores.items() if s is not None and t not in self.exempt and (t in self.apart) == apart]
         place = 1 + sum(self.sign * s > self.sign * score for s in others)
-        if place <= max(1, len(others) // self.eta):
+        if place <= max(0 if apart else 1, len(others) // self.eta):
             return {"action": "go", "state": "", "reason": ""}
-        reason = (
-            f"{self.select_by} {score:.4g} at step {step}: place {place} of {len(others)}, one in {self.eta} goes on"
-        )
+        among = f"{len(others)} that cannot win" if apart else f"{len(others)}"
+        reason = f"{self.select_by} {score:.4g} at step {step}: place {place} of {among}, one in {self.eta} goes on"
         return {"action": "stop", "state": "stopped", "reason": reason}
 
     def _settings(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from raycap.files import read_whole, write_json
 from raycap.stop import Stop, resume_command, stoppable
 from raycap.storage import is_url
 from raycap.train.record import FINAL_STATES, TrialRecord, read_records
-from raycap.train.shelf import train_storage
+from raycap.train.shelf import FEATURES, train_storage
 from raycap.trial import TrialSpec
 from raycap.tune.launch import STOPPING, Worker, pack_worker, tune_worker
 from raycap.tune.mirror import Mirror, holders
@@ -65,6 +65,8 @@ class SweepResult:
     """By split, what the model's tokeniser made of the captions (feed.Feed.tokens)."""
     ruled_out: dict[str, str] = field(default_factory=dict)
     """Trials that could not win, and why."""
+    features: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By split, whether vision features were kept, and the figures of that decision (train.keeping.Choice)."""
 
 
 def run_sweep(
@@ -111,6 +113,7 @@ def run_sweep(
             halving=config.tune.scheduler == "asha",
             records=known,
             exempt=(DEFAULT,),
+            apart=ruled_out or (),
         )
         ledger.written = mirror.put if mirror else None
         if all(t.trial_id in known and known[t.trial_id].ended for t in trials):
@@ -164,8 +167,8 @@ class _Sweep:
         )  # fmt: skip
         job = {
             "config": config.to_dict(), "run_dir": str(run_dir), "board": self.name, "namespace": context.namespace,
-            "rungs": steps, "packs": packs, "engine": engine, "driver": self.driver, "shards": shards, "seen": seen,
-            "storage": mirror.place.url if mirror else "", "driver_node": context.get_node_id(),
+            "rungs": steps, "trials": len(trials), "packs": packs, "engine": engine, "driver": self.driver, "shards": shards,
+            "seen": seen, "storage": mirror.place.url if mirror else "", "driver_node": context.get_node_id(),
         }  # fmt: skip
         known = read_records(run_dir)
         left = [t.trial_id for t in trials if not (t.trial_id in known and known[t.trial_id].ended)]
@@ -397,6 +400,7 @@ def _result(records, run_dir, config, pids, began, resumed, notes, ruled_out=Non
         resumed=resumed,
         notes=notes,
         tokens=read_whole(run_dir / TOKENS) or {},
+        features=read_whole(run_dir / "checkpoints" / FEATURES) or {},
         ruled_out=ruled_out,
     )
 

@@ -149,6 +149,11 @@ def test_the_whole_way(preset, ray_session, tmp_path, capsys):
     assert len(rows) == 2 and {r["state"] for r in rows} <= {"finished", "stopped"}
     assert (run / "best" / "merged-nf4" / "config.json").is_file()
     assert entry["verdicts"]["zero-shot"]["images"] == SIZES["test"]
+    assert set(entry["features"]) == {"train", "val"} and all(
+        f["kept_s"] and f["live_s"] for f in entry["features"].values()
+    )
+    assert read_json(run / "checkpoints" / "features.json") == entry["features"]
+    assert "vision features" in (run / "report.html").read_text(encoding="utf-8")
     BEYOND.get(preset, lambda run, told: None)(run, told)
 
 

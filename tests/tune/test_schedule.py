@@ -117,3 +117,16 @@ def test_an_exempt_trial_is_scored_never_stopped_and_not_counted():
     low = RungLedger(None, steps=[10, 30], eta=3, select_by="cider", exempt=("default",))
     assert low.judge(10, {"a": 0.1, "b": 0.2, "c": 0.3, "default": 0.0})["default"]["action"] == "go"
     assert low.judge(30, {"default": None})["default"]["state"] == "diverged"
+
+
+def test_trials_that_cannot_win_take_no_place_and_are_compared_among_themselves():
+    scores = {"a": 0.1, "b": 0.2, "c": 0.3, "x": 0.9, "y": 0.8, "z": 0.7}
+    plain = RungLedger(None, steps=[10, 30], eta=3, select_by="cider").judge(10, scores)
+    assert going(plain) == {"x", "y"}  # all the places go to those that cannot win
+    apart = RungLedger(None, steps=[10, 30], eta=3, select_by="cider", apart="xyz").judge(10, scores)
+    assert going(apart) == {"c", "x"}
+    assert apart["y"]["reason"] == "cider 0.8 at step 10: place 2 of 3 that cannot win, one in 3 goes on"
+    assert apart["b"]["reason"] == "cider 0.2 at step 10: place 2 of 3, one in 3 goes on"
+    few = RungLedger(None, steps=[10, 30], eta=3, select_by="cider", apart="xy")
+    assert going(few.judge(10, {"a": 0.1, "x": 0.9, "y": 0.8})) == {"a"}
+    assert few.judge(30, {"x": 0.5})["x"]["state"] == "finished"

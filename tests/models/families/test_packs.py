@@ -210,3 +210,61 @@ def test_materialised_is_bitwise_the_same_and_the_base_stays_as_it_was(
         found[materialise] = losses, captions
     assert found[True] == found[False]
     assert all(b != a for a, b in zip(found[True][0][0], found[True][0][-1]))
+
+
+def test_features_kept_or_computed_at_each_look_train_and_say_the_same(case, settings, load, make_engine, trials):
+    found = {}
+    for features in ("on", "off"):
+        config = settings(case, train__features=features)
+        engine = make_engine(load(case), config)
+        for spec in trials(config, 2, **{"lora.dropout": 0.1, "train.lr": 1e-3}):
+            engine.admit(spec)
+        losses = [[r.loss for r in engine.step().values()] for _ in range(3)]
+        results = engine.evaluate(engine.active)
+        losses.append([r.val_loss for r in results.values()])
+        found[features] = losses, {t: r.captions for t, r in results.items()}
+        assert all((store.features is not None) == (features == "on") for store in engine.stores.values())
+        engine.close()
+    assert found["off"][0] == [pytest.approx(step, rel=1e-5) for step in found["on"][0]]
+    assert found["off"][1] == found["on"][1]
+
+
+def test_in_fp16_each_slot_has_a_loss_scale_and_an_overflow_costs_its_slot_alone_a_step(
+    case, settings, load, make_engine, trials
+):
+    """The scaled loss of one slot leaves fp16's range: its weights stand still, the other's are as if it had not."""
+    config = settings(case)
+    specs = trials(config, 2, **{"train.lr": 1e-3, "train.warmup_steps": 0})
+    exact = make_engine(load(case), config)
+    for spec in specs:
+        exact.admit(spec)
+    told = [exact.step()["t0"].loss for _ in range(3)]
+    exact.close()
+    found = {}
+    for overflows in (False, True):
+        engine = make_engine(load(case, "fp16"), config)
+        assert engine.cm.compute_dtype == torch.float16
+        for spec in specs:
+            engine.admit(spec)
+        first = engine.step()
+        assert all(r.finite for r in first.values())
+        assert engine.slots["t1"].loss_scale.value > 1
+        before = engine.state("t1")["value"]
+        if overflows:
+            engine.slots["t1"].loss_scale.value = 1e30
+        second = engine.step()
+        assert second["t0"].finite and second["t1"].finite == (not overflows)
+        assert (engine.slots["t1"].loss_scale.value == 5e29) == overflows
+        stands = all(
+            torch.equal(a, b) for p, pair in engine.state("t1")["value"].items() for a, b in zip(pair, before[p])
+        )
+        assert stands == overflows
+        losses = [first["t0"].loss, second["t0"].loss, engine.step()["t0"].loss]
+        assert losses == pytest.approx(told, rel=2e-2)
+        results = engine.evaluate(engine.active)
+        assert all(r.val_loss == r.val_loss for r in results.values())
+        found[overflows] = losses, engine.state("t0")["value"]
+        engine.close()
+    assert found[True][0] == found[False][0]
+    for path, pair in found[True][1].items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, found[False][1][path]))
