@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from raycap.errors import DataError
+from raycap.evaluate.overlap import bleu_of, bleu_statistics
 from raycap.evaluate.significance import Verdict, by_group, verdict_of
 
 _BLOCK = 2_000_000
@@ -152,29 +153,6 @@ def bleu_bootstrap(
     )
     whole = bleu_of(other.sum(axis=0)[None]) - bleu_of(one.sum(axis=0)[None])
     return verdict_of(drawn, float(whole[0, order - 1]), len(a), len(counts), names, f"BLEU-{order}")
-
-
-def bleu_statistics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """[N, 10] of tokenised captions: correct and possible 1- to 4-grams, own length, closest reference length."""
-    from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
-
-    from raycap.evaluate.overlap import closest_length
-
-    rows = []
-    for caption, own in zip(captions, references, strict=True):
-        found = cook_test(caption, cook_refs(own))
-        length = found["testlen"]
-        rows.append([*found["correct"], *found["guess"], length, closest_length(length, [len(r.split()) for r in own])])
-    return np.array(rows, dtype=float).reshape(-1, 10)
-
-
-def bleu_of(summed: np.ndarray) -> np.ndarray:
-    """BLEU-1 to -4 [B, 4] of summed statistics [B, 10], with pycocoevalcap's small numbers against division by zero."""
-    tiny, small = 1e-15, 1e-9
-    precision = (summed[:, :4] + tiny) / (summed[:, 4:8] + small)
-    found = np.exp(np.cumsum(np.log(precision), axis=1) / np.arange(1, 5))
-    ratio = (summed[:, 8] + tiny) / (summed[:, 9] + small)
-    return found * np.where(ratio < 1, np.exp(1 - 1 / ratio), 1.0)[:, None]
 
 
 def _matrix(values: Any) -> np.ndarray:

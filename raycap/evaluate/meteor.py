@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 from raycap.errors import RunError
-from raycap.evaluate.java import LIGHT, UTF8, LineServer, package_file, require_java
+from raycap.evaluate.java import SERIAL, UTF8, LineServer, package_file, require_java
 from raycap.evaluate.ptb import LINE_BREAKS
 
 MAX_TOKENS = 500
@@ -23,7 +23,7 @@ class Meteor:
     def __init__(self) -> None:
         jar = package_file("meteor", "meteor-1.5.jar")
         package_file("meteor", "data", "paraphrase-en.gz")
-        options = ["-Xmx2G", *UTF8, *LIGHT, "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
+        options = ["-Xmx2G", *UTF8, SERIAL, "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
         self._java = LineServer([require_java(), *options], jar.parent, "METEOR")
         self._statistics: dict[tuple[str, ...], str] = {}
 
@@ -42,9 +42,13 @@ class Meteor:
         """
         if not hypotheses:
             return 0.0, []
+        keys = [
+            (_field(h), *(_field(reference) for reference in r)) for h, r in zip(hypotheses, references, strict=True)
+        ]
         with self._java.lock:
             # Statistics, not scores, are kept: the corpus score needs them.
-            statistics = [self._segment(h, r) for h, r in zip(hypotheses, references, strict=True)]
+            self._learn([key for key in dict.fromkeys(keys) if key not in self._statistics], keys)
+            statistics = [self._statistics[key] for key in keys]
             answers = self._java.ask(" ||| ".join(["EVAL", *statistics]), len(statistics) + 1)
         scores = [float(answer) for answer in answers]
         return scores[-1], scores[:-1]
@@ -52,18 +56,16 @@ class Meteor:
     def close(self) -> None:
         self._java.close()
 
-    def _segment(self, hypothesis: str, references: Sequence[str]) -> str:
-        key = (_field(hypothesis), *(_field(reference) for reference in references))
-        known = self._statistics.get(key)
-        if known is None:
-            line = " ||| ".join(["SCORE", *key[1:], key[0]])
-            (known,) = self._java.ask(line)
-            if not _NUMBERS.fullmatch(known):
-                raise RunError(f"METEOR answered {known!r} to {line[:200]!r}")
-            if len(self._statistics) >= _KEPT:
-                self._statistics.clear()
-            self._statistics[key] = known
-        return known
+    def _learn(self, fresh: list[tuple[str, ...]], wanted: list[tuple[str, ...]]) -> None:
+        """Statistics of the `fresh` (hypothesis, references...) of those that are `wanted`."""
+        if len(self._statistics) + len(fresh) > _KEPT:
+            self._statistics.clear()
+            fresh = list(dict.fromkeys(wanted))
+        lines = [" ||| ".join(["SCORE", *references, hypothesis]) for hypothesis, *references in fresh]
+        for key, line, answer in zip(fresh, lines, self._java.ask_each(lines)):
+            if not _NUMBERS.fullmatch(answer):
+                raise RunError(f"METEOR answered {answer!r} to {line[:200]!r}")
+            self._statistics[key] = answer
 
 
 def _field(text: str) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -34,6 +36,8 @@ METRICS: dict[str, str] = {
     "perplexity": "raycap.evaluate.metrics:_perplexity",
 }
 """Each gives one score or several: `bleu` gives bleu1 to bleu4, `clipscore` clip_cosine, clipscore and refclipscore."""
+OTHER_PROGRAMS = ("meteor", "spice")
+"""Metrics that wait for Java."""
 DEFAULT_METRICS = ("bleu", "meteor", "rouge_l", "cider")
 
 
@@ -89,12 +93,6 @@ class Prepared:
     images: Mapping[Any, Any] | None = None
     """Pictures by image id, for the metrics that look at them."""
     clip: str = ""
-
-    def tokenised_references(self) -> dict[Any, list[str]]:
-        return dict(zip(self.ids, self.references))
-
-    def tokenised_predictions(self) -> dict[Any, list[str]]:
-        return {image: [caption] for image, caption in zip(self.ids, self.hypotheses)}
 
     @cached_property
     def cider(self) -> CiderScorer:
@@ -182,8 +180,12 @@ def score(
             f"first {missing[0]!r}"
         )
     common = {"refs": references_per_image(data.raw_references), "lang": lang, "n": len(data.ids)}
-    for function in computed.values():
-        for result in function(data):
+    # What another program computes goes on beside what this one does.
+    awaited = {name: _beside(computed[name], data) for name in OTHER_PROGRAMS if name in computed}
+    results = {name: function(data) for name, function in computed.items() if name not in awaited}
+    results |= {name: wait() for name, wait in awaited.items()}
+    for name in computed:
+        for result in results[name]:
             found.notes += result.notes
             parts = {"tok": data.tokeniser, **result.parts, **common}
             per_image = {} if result.per_image is None else dict(zip(data.ids, map(float, result.per_image)))
@@ -191,6 +193,20 @@ def score(
     for note in found.notes:
         warnings.warn(note, stacklevel=2)
     return found
+
+
+def _beside(function: Callable[[Prepared], list[Result]], data: Prepared) -> Callable[[], list[Result]]:
+    """Begin a metric in a thread; what is returned waits for it and gives its results, or raises its error."""
+    found: Future[list[Result]] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(function(data))
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()  # Ctrl-C does not wait for another program
+    return found.result
 
 
 def _prepare(
@@ -207,19 +223,21 @@ def _prepare(
     bare = [image for image, captions in references.items() if not captions]
     if bare:
         raise DataError(f"{len(bare)} of {len(references)} images have no reference caption, first {bare[0]!r}")
-    tokenise = load_tokeniser(tokeniser)
     ids = list(predictions)
-    kept = _kept(references, tokeniser, lang)
-    if not kept.tokenised:
-        flat = iter(tokenise([caption for captions in references.values() for caption in captions]))
-        kept.tokenised = {image: [next(flat) for _ in captions] for image, captions in references.items()}
-    tokenised = kept.tokenised
     captions = [predictions[image] for image in ids]
+    tokenise, kept = load_tokeniser(tokeniser), _kept(references, tokeniser, lang)
+    # One call for both: each starts a program where the tokeniser is one.
+    known = bool(kept.tokenised)
+    texts = [] if known else [caption for own in references.values() for caption in own]
+    flat = iter(tokenise([*texts, *captions]))
+    if not known:
+        kept.tokenised = {image: [next(flat) for _ in own] for image, own in references.items()}
+    tokenised, hypotheses = kept.tokenised, list(flat)
     return Prepared(
         ids=ids,
         captions=captions,
         raw_references=[list(references[image]) for image in ids],
-        hypotheses=tokenise(captions),
+        hypotheses=hypotheses,
         references=[tokenised[image] for image in ids],
         tokeniser=tokeniser,
         lang=lang,

@@ -223,16 +223,17 @@ def _likeness(
 
 def leave_one_out_bleu4(images: Sequence[Sequence[Sequence[str]]]) -> list[float]:
     """Per image the mean BLEU-4 of each caption (its words) against the image's other captions."""
-    from pycocoevalcap.bleu.bleu import Bleu
+    from raycap.evaluate.overlap import bleu_of, bleu_statistics
 
-    hypotheses, references, owner = {}, {}, []
+    hypotheses, references, owner = [], [], []
     for image, captions in enumerate(images):
         lines = [" ".join(words) for words in captions]
         for k, line in enumerate(lines):
-            hypotheses[len(owner)], references[len(owner)] = [line], lines[:k] + lines[k + 1 :]
+            hypotheses.append(line)
+            references.append(lines[:k] + lines[k + 1 :])
             owner.append(image)
-    _, each = Bleu(4).compute_score(references, hypotheses, verbose=0)
-    return list(np.bincount(owner, each[3]) / np.bincount(owner))
+    each = bleu_of(bleu_statistics(hypotheses, references))
+    return list(np.bincount(owner, each[:, 3]) / np.bincount(owner))
 
 
 def leave_one_out_meteor(images: Sequence[Sequence[Sequence[str]]], said: Callable[[int], None]) -> list[float]:

@@ -10,12 +10,11 @@ import pytest
 from raycap.errors import DataError
 from raycap.evaluate.comparisons import (
     bleu_bootstrap,
-    bleu_of,
-    bleu_statistics,
     holm,
     not_separable,
     setting_bootstrap,
 )
+from raycap.evaluate.overlap import bleu_of, bleu_statistics
 from raycap.evaluate.significance import paired_bootstrap
 
 

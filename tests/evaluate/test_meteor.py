@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from raycap.errors import RunError
-from raycap.evaluate.java import LineServer, package_file
+from raycap.evaluate.java import AHEAD, LineServer, package_file
 from raycap.evaluate.meteor import MAX_TOKENS, shared
 
 pytestmark = pytest.mark.usefixtures("needs_java")
@@ -146,6 +146,42 @@ def test_a_program_that_ends_twice_says_why(tmp_path):
         LineServer([sys.executable, str(program)], tmp_path, "METEOR").ask("a")
     with pytest.raises(RunError, match="cannot be started"):
         LineServer(["/nowhere/java"], tmp_path, "METEOR").ask("a")
+
+
+UPPER = """
+import sys
+for line in sys.stdin:
+    if "end" in line:
+        sys.exit("that was enough")
+    print(line[:9].strip().upper(), flush=True)
+"""
+
+
+def test_many_lines_are_answered_in_order_and_the_one_that_ends_the_program_is_found(tmp_path):
+    program = tmp_path / "upper.py"
+    program.write_text(UPPER)
+    server = LineServer([sys.executable, str(program)], tmp_path, "upper")
+    lines = [f"line {n} " + "x" * (n % 7) * 5_000 for n in range(2 * AHEAD + 3)]
+    assert server.ask_each(lines) == [line[:9].strip().upper() for line in lines]
+    first = server.pid
+    server._process.kill()  # between two calls, and unseen until it is asked
+    assert server.ask_each(["a", "b"]) == ["A", "B"] and server.pid != first
+    with pytest.raises(RunError, match=r"ended twice at the same line, with code 1\. It said: .*that was enough"):
+        server.ask_each(["a", "b", "the end", "c"])
+    assert server.ask_each(["c"]) == ["C"]
+    server.close()
+    server._over = True
+    with pytest.raises(RunError, match="Python ends"):
+        server.ask("d")
+
+
+def test_what_is_remembered_has_a_limit(monkeypatch):
+    from raycap.evaluate import meteor
+
+    monkeypatch.setattr(meteor, "_KEPT", 3)
+    texts = ["a dog", "a cat", "a bus"]
+    assert shared().score(texts, [[t] for t in texts])[1] == [1.0, 1.0, 1.0]
+    assert shared().score([*texts, "a car", "a car"], [[t] for t in [*texts, "a car", "x"]])[1] == [1.0] * 4 + [0.0]
 
 
 def test_a_missing_jar_is_named():

@@ -95,6 +95,56 @@ def test_empty_and_odd_predictions_as_pycocoevalcap(reference_java, golden):
     assert score(odd, references, ("meteor",))["meteor"].per_image["g01"] == 0
 
 
+def test_bleu_and_rouge_of_odd_texts_as_pycocoevalcap():
+    """Words that repeat, empty texts on either side, two spaces, texts longer than a machine word has bits."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    from raycap.evaluate.overlap import bleu_of, bleu_statistics, rouge_l_of
+
+    chance = np.random.default_rng(0)
+
+    def text(most):
+        return " ".join(chance.choice(["a", "b", "c", "dog", ""], int(chance.integers(0, most + 1))))
+
+    captions = [text(most) for most in (3, 12, 150) for _ in range(60)]
+    references = [[text(len(caption) + 2) for _ in range(1 + n % 4)] for n, caption in enumerate(captions)]
+    gts, res = dict(enumerate(references)), {n: [caption] for n, caption in enumerate(captions)}
+    corpus, each = Bleu(4).compute_score(gts, res, verbose=0)
+    statistics = bleu_statistics(captions, references)
+    assert bleu_of(statistics) == pytest.approx(np.array(each).T, rel=1e-12, abs=0)
+    assert bleu_of(statistics.sum(axis=0, keepdims=True))[0] == pytest.approx(corpus, rel=1e-12, abs=0)
+    _, wanted = Rouge().compute_score(gts, res)
+    assert [rouge_l_of(c, r) for c, r in zip(captions, references)] == list(wanted) and 0 < wanted.mean() < 1
+
+
+def test_what_java_computes_goes_on_beside_the_rest(golden, monkeypatch):
+    """Both wait for one another, so each would wait for ever if they came in turn; an error of either is raised."""
+    import threading
+
+    meeting = threading.Barrier(2, timeout=30)
+
+    def meets(name):
+        def metric(data):
+            meeting.wait()
+            return [module.Result(name, 1.0, None)]
+
+        return metric
+
+    monkeypatch.setattr(module, "_no_meteor", lambda lang: "")
+    monkeypatch.setattr("raycap.evaluate.meteor.shared", lambda: type("Fake", (), {"start": lambda self: None})())
+    known = {"meteor": meets("meteor"), "cider": meets("cider")}
+    monkeypatch.setattr(module, "load_metric", known.__getitem__)
+    assert list(score(*golden, ("meteor", "cider"), tokeniser="ptb-py")) == ["meteor", "cider"]
+
+    def fails(data):
+        raise DataError("no such verb")
+
+    known |= {"meteor": fails, "cider": lambda data: []}
+    with pytest.raises(DataError, match="no such verb"):
+        score(*golden, ("meteor", "cider"), tokeniser="ptb-py")
+
+
 def test_signatures(golden):
     found = score(*golden, NO_METEOR, tokeniser="ptb-py")
     version = raycap.__version__
