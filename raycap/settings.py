@@ -84,13 +84,14 @@ class ModelSettings:
     family: str = "git"
     path: str = "builtin:tiny-git"
     """A hub id, a local folder in the hub's layout, or builtin:tiny-git."""
-    quantisation: Literal["nf4", "none"] = "nf4"
+    quantisation: Literal["nf4", "int8", "none"] = "nf4"
+    """Of the linears that a family quantises: 4 bits, 8 bits, or none."""
     double_quantisation: bool = False
     """NF4 whose scales are quantised too: 0.37 bits a weight less, and other weights."""
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the device computes in it, else fp16 with loss scaling on a GPU and fp32 on a CPU."""
     materialise: bool = False
-    """Keep each NF4 weight dequantised beside it: bitwise the same, faster, and without NF4's saving of memory."""
+    """Keep each quantised weight dequantised beside it: bitwise the same, faster, and without the saving of memory."""
     trust_remote_code: bool = False
     """Run code that a model's author keeps beside its weights. Read it first: it runs as you."""
     vision_path: str = ""

@@ -78,33 +78,30 @@ def storage_dtype(base: ModelSettings, cm: CaptionModel) -> torch.dtype:
 
 
 def dequantised_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Full module path -> fp32 weight [out, in] of every NF4 linear, exactly what its forward multiplies with."""
-    import bitsandbytes as bnb
+    """Full module path -> fp32 weight [out, in] of every quantised linear, exactly what its forward multiplies with.
 
-    weights = {}
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            state = module.weight.quant_state
-            if getattr(state, "packing_format_for_cpu", False):
-                raise ModelError(
-                    f"{name} was repacked by an evaluation on this CPU and cannot be dequantised: load the model afresh"
-                )
-            weights[name] = bnb.functional.dequantize_4bit(module.weight.data, state).float().cpu()
-    return weights
+    Raises:
+        ModelError: a weight was repacked by an evaluation on this CPU.
+    """
+    from raycap.models.quantise import dequantise, quantised_linears
+
+    return {name: dequantise(module).float().cpu() for name, module in quantised_linears(model).items()}
 
 
 def _put_dequantised(cm: CaptionModel, base: ModelSettings, data: DataSettings) -> None:
-    """Replace the weights of `cm` that training saw in NF4 by what NF4 made of them."""
+    """Replace the weights of `cm` that training saw quantised by what quantisation made of them."""
     import torch
 
     from raycap.models import load_model
 
     # Never materialised: that is the same product, and hides the codes.
     packed = dataclasses.replace(base, materialise=False)
-    quantised = load_model(packed, data, quantisation="nf4", compute_dtype="fp32", device="cpu")
+    quantised = load_model(packed, data, compute_dtype="fp32", device="cpu")
     weights = dequantised_weights(quantised.model)
     if not weights:
-        raise ModelError(f"{base.path} has no module that NF4 quantises: there is nothing to dequantise")
+        raise ModelError(
+            f"{base.path} has no module that model.quantisation={base.quantisation} quantises: there is nothing to dequantise"
+        )
     with torch.no_grad():
         for name, weight in weights.items():
             cm.model.get_submodule(name).weight.copy_(weight)

@@ -87,7 +87,7 @@ def load_model(
     """Load the base that `model` names, or the model in `path`, frozen, with its processor.
 
     `lang` is the language it captions in, where there is a prompt for each; without it such a model gets none.
-    `quantisation`, `compute_dtype` and `device` override the settings; a folder that was saved in NF4 loads as that.
+    `quantisation`, `compute_dtype` and `device` override the settings; a folder that was saved quantised loads as that.
 
     Raises:
         ModelError: it cannot be loaded as a model of the family, and why.
@@ -115,7 +115,7 @@ def load_model(
     positions = family.max_positions(loaded)
     if positions is not None and data.max_text_tokens > positions:
         raise ConfigError(f"data.max_text_tokens={data.max_text_tokens}, but {place} has {positions} text positions")
-    if model.materialise and kind == "nf4":
+    if model.materialise and kind != "none":
         materialise(loaded)
     return CaptionModel(
         family=family,

@@ -40,7 +40,7 @@ class CaptionModel:
     processor: Any
     path: str
     quantisation: str
-    """"nf4" or "none", as loaded."""
+    """One of raycap.models.quantise.QUANTISATIONS, as loaded."""
     compute_dtype: torch.dtype
     device: torch.device
     prompt: str

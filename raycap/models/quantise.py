@@ -1,4 +1,4 @@
-"""NF4 through bitsandbytes: what is quantised, and what keeps it whole."""
+"""NF4 and 8 bits through bitsandbytes: what is quantised, and what keeps it whole."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from raycap.errors import ConfigError, ModelError
 
+QUANTISATIONS = ("nf4", "int8", "none")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -33,24 +34,25 @@ def load_weights(
     trust_remote_code: bool,
     double: bool = False,
 ) -> tuple[nn.Module, str]:
-    """The model in `path` on `device`, computing in `dtype`, and how it is quantised: "nf4" or "none".
+    """The model in `path` on `device`, computing in `dtype`, and how it is quantised, one of QUANTISATIONS.
 
-    A folder that was saved in NF4 is what it is. Other weights are quantised from the checkpoint's own dtype, never
+    A folder that was saved in NF4 or in 8 bits is what it is. Other weights are quantised from the checkpoint's own dtype, never
     from `dtype`: so the 4-bit codes that an adapter trains on in bf16 are those that it is merged with in fp32.
     """
     from transformers import AutoConfig, BitsAndBytesConfig
 
-    if quantisation not in ("nf4", "none"):
-        raise ConfigError(f"model.quantisation={quantisation!r}; valid: nf4, none")
+    if quantisation not in QUANTISATIONS:
+        raise ConfigError(f"model.quantisation={quantisation!r}; valid: {', '.join(QUANTISATIONS)}")
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
     saved = getattr(config, "quantization_config", None)
     if saved is not None:
-        kind = (
-            saved.get("bnb_4bit_quant_type") if isinstance(saved, dict) else getattr(saved, "bnb_4bit_quant_type", "")
-        )
-        if kind != "nf4":
-            raise ModelError(f"{path} is quantised ({saved}), but not in NF4; only NF4 and unquantised models load")
+        quantisation = _saved_as(saved if isinstance(saved, dict) else saved.to_dict())
+        if not quantisation:
+            raise ModelError(
+                f"{path} is quantised ({saved}), but not in NF4 or 8 bits of bitsandbytes, which alone load beside models "
+                "that are not quantised"
+            )
         model = family.load_weights(path, dtype="auto", device_map={"": str(device)}, **options)
     elif quantisation == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -62,10 +64,22 @@ def load_weights(
             llm_int8_skip_modules=family.skip_modules(config),
         )
         model = family.load_weights(path, dtype="auto", device_map={"": str(device)}, **options)
+    elif quantisation == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_skip_modules=family.skip_modules(config)
+        )
+        model = family.load_weights(path, dtype="auto", device_map={"": str(device)}, **options)
     else:
         return family.load_weights(path, dtype=dtype, **options).to(device), "none"
     _settle(model, dtype)
-    return model, "nf4"
+    return model, quantisation
+
+
+def _saved_as(settings: dict[str, Any]) -> str:
+    """How a folder with these quantisation settings is quantised; empty for a way that raycap does not load."""
+    if settings.get("load_in_8bit"):
+        return "int8"
+    return "nf4" if settings.get("load_in_4bit", True) and settings.get("bnb_4bit_quant_type") == "nf4" else ""
 
 
 def packed_paths(model: nn.Module, family: Any, config: Any, quantisation: str) -> list[str]:
@@ -93,16 +107,27 @@ def packed_bytes(outputs: int, inputs: int, quantisation: str, *, double: bool =
 
 
 def quantised_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every Linear4bit by its full path."""
+    """Every Linear4bit and Linear8bitLt by its full path."""
     import bitsandbytes as bnb
 
-    return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def is_packed(linear: nn.Module) -> bool:
+    """Whether its weight is there in 4 or 8 bits alone."""
+    weight = linear.weight
+    return (hasattr(weight, "quant_state") or hasattr(weight, "SCB")) and not hasattr(linear, "dense")
 
 
 def dequantise(module: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The weight [O, I] that a Linear4bit multiplies with, in `dtype` or in what it computes in."""
+    """The weight [O, I] that a quantised linear multiplies with, in `dtype` or in what it computes in."""
     if hasattr(module, "unpack"):  # a stand-in without numbers
         return module.unpack()
+    if hasattr(module.weight, "SCB"):
+        from raycap.models.int8 import unpacked
+
+        return unpacked(module.weight).to(dtype or module.compute_dtype)
     import bitsandbytes as bnb
 
     state = module.weight.quant_state
@@ -117,7 +142,7 @@ def dequantise(module: nn.Module, dtype: torch.dtype | None = None) -> torch.Ten
 
 
 def _settle(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let a 4-bit model compute in `dtype`, and keep its packed weights from ever being rewritten."""
+    """Let a quantised model compute in `dtype`, and keep its packed weights from ever being rewritten."""
     import bitsandbytes as bnb
 
     for module in model.modules():
@@ -128,6 +153,10 @@ def _settle(model: nn.Module, dtype: torch.dtype) -> None:
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype, module.compute_type_is_set = dtype, True
             module.weight.quant_state.dtype = dtype
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            from raycap.models.int8 import Int8Linear
+
+            module.__class__, module.compute_dtype = Int8Linear, dtype
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point() and not (four_bit and name == "weight"):
                 parameter.data = parameter.data.to(dtype)
@@ -135,15 +164,17 @@ def _settle(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def materialise(model: nn.Module) -> int:
-    """Keep every 4-bit weight dequantised beside it, in its compute dtype; how many there were.
+    """Keep every quantised weight dequantised beside it, in its compute dtype; how many there were.
 
-    Bitwise the same forward and backward without unpacking at each call, for the memory that NF4 saves.
+    Bitwise the same forward and backward without unpacking at each call, for the memory that packing saves.
     """
-    kind = _materialised_class()
+    import bitsandbytes as bnb
+
     found = quantised_linears(model)
     for module in found.values():
         module.dense = dequantise(module)  # a plain attribute: it is no part of the model's state
-        module.__class__ = kind
+        if isinstance(module, bnb.nn.Linear4bit):  # one in 8 bits looks for it itself
+            module.__class__ = _materialised_class()
     return len(found)
 
 

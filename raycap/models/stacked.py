@@ -20,7 +20,7 @@ from torch import nn
 
 from raycap.models.dropout import Keys, drop_limits, kept_share
 from raycap.models.lora_ops import AddLora, FullLinear, LoraLinear
-from raycap.models.quantise import dequantise
+from raycap.models.quantise import dequantise, is_packed
 from raycap.trial import TrialSpec
 
 Weights = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -35,8 +35,8 @@ class StackedLora(nn.Module):
     def __init__(self, base: nn.Module, name: str, keys: Keys):
         super().__init__()
         self.base, self.name, self.keys = base, name, keys
-        self.packed = hasattr(base.weight, "quant_state") and not hasattr(base, "dense")
-        """Whether the base's weight is in 4 bits, and not kept dense beside them."""
+        self.packed = is_packed(base)
+        """Whether the base's weight is in 4 or 8 bits, and not kept dense beside them."""
         self.anchor = torch.zeros((), requires_grad=True)
         self.A: torch.Tensor | None = None
         """[K, R, I]; B is [K, O, R] and holds alpha / r too. Views of the stacks, as are the gradients."""

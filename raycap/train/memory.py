@@ -108,8 +108,8 @@ class Predictor:
         for path in packed_paths(model, self.family, self.described, quantisation):
             linear = model.get_submodule(path)
             linear.__class__ = PackedLinear
-            linear.weight.quant_state = None  # what a 4-bit weight is known by
-            if self.config.model.materialise and quantisation == "nf4":
+            linear.weight.quant_state = None  # what a packed weight is known by
+            if self.config.model.materialise:
                 linear.dense = linear.weight.detach()
         # An instance of its own: its `head` is replaced by one of whatever length.
         family = load_family(self.config.model.family, self.config.model)
@@ -133,7 +133,7 @@ class Predictor:
                 plain = parameter.numel() * parameter.element_size()
                 if packed and name == "weight":
                     sizes = packed_bytes(*parameter.shape, cm.quantisation, double=double)
-                    total += sum(sizes) + (plain if materialised and cm.quantisation == "nf4" else 0)
+                    total += sum(sizes) + (plain if materialised else 0)
                 else:
                     total += plain
             if not stored:

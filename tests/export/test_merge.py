@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -241,3 +242,18 @@ def test_a_changed_or_unfinished_folder_is_found_out(merged, tmp_path):
         verify(copy)
     with pytest.raises(ModelError, match="no model folder"):
         verify(tmp_path / "nowhere")
+
+
+def test_an_adapter_trained_on_8_bit_weights_merges_onto_what_they_stand_for(config, adapter, tmp_path):
+    """Onto the dequantised weights it is the trained function, where the original ones make another."""
+    from peft import PeftModel
+
+    base = dataclasses.replace(config.model, quantisation="int8")
+    trained = logits(
+        PeftModel.from_pretrained(load_model(base, config.data, compute_dtype="fp32").model, adapter).eval()
+    )
+    error = {}
+    for onto in ("original", "dequantised"):
+        folder = merge(base, config.data, adapter, tmp_path / onto, onto)
+        error[onto] = (logits(plain(folder, dtype=torch.float32)) - trained).abs().max()
+    assert error["dequantised"] < 0.5 * error["original"]

@@ -181,3 +181,13 @@ def test_its_memory_is_not_predicted_and_says_so(dora):
 
     c = dora()
     assert "lora.variant=dora" in plan(c, [spec_of(c)])["unknown"]
+
+
+@pytest.mark.parametrize("quantisation", ["nf4", "int8"])
+def test_dora_on_packed_weights_is_dora_on_what_they_stand_for(make_engine, dora, run, quantisation):
+    c = dora(model__quantisation=quantisation)
+    packed, plain = make_engine(c), make_engine(c, dtype="fp64")
+    assert quantised_linears(packed.cm.model) and not quantised_linears(plain.cm.model)
+    for engine in (packed, plain):
+        engine.admit(spec_of(c))
+    assert run(packed, 6)["t0"] == pytest.approx(run(plain, 6)["t0"], rel=1e-5)

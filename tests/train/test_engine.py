@@ -433,3 +433,19 @@ def test_what_cannot_be_admitted_is_told(make_engine, config, specs, run):
 def test_a_target_that_matches_nothing_is_told_at_once(make_engine, config):
     with pytest.raises(ConfigError, match=r"lora\.targets: 'q_proj' matches no linear module"):
         make_engine(config(lora__targets=["q_proj"]))
+
+
+def test_a_pack_on_8_bit_weights_is_one_on_what_they_stand_for(make_engine, config, specs, run):
+    c = config(model__quantisation="int8")
+    packed, plain = make_engine(c), make_engine(c, dtype="fp64")
+    codes = {n: m.weight.data.clone() for n, m in quantised_linears(packed.cm.model).items()}
+    assert codes
+    for spec in specs(c, 3):
+        packed.admit(spec)
+        plain.admit(spec)
+    losses = run(plain, 6)
+    for trial_id, found in run(packed, 6).items():
+        assert found == pytest.approx(losses[trial_id], rel=1e-5)
+    assert packed.evaluate(["t0"])["t0"].captions == plain.evaluate(["t0"])["t0"].captions
+    packed.close()
+    assert all(torch.equal(m.weight.data, codes[n]) for n, m in quantised_linears(packed.cm.model).items())

@@ -46,10 +46,17 @@ def held(model):
             tensors += [state.absmax, state.code]
             if state.nested:
                 tensors += [state.offset, state.state2.absmax, state.state2.code]
+        if (scales := getattr(parameter, "SCB", None)) is not None:
+            tensors.append(scales)
+    tensors += [m.dense for m in model.modules() if hasattr(m, "dense") and isinstance(m.dense, torch.Tensor)]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-@pytest.mark.parametrize("more", [(), ("model.double_quantisation=true",), ("model.quantisation=none",)])
+@pytest.mark.parametrize(
+    "more",
+    [(), ("model.double_quantisation=true",), ("model.quantisation=none",), ("model.quantisation=int8",),
+     ("model.quantisation=int8", "model.materialise=true")],
+)  # fmt: skip
 def test_weights_are_what_loading_takes(named, more):
     config = settings(named, *more)
     cm = load_model(config.model, config.data, device="cpu")

@@ -42,6 +42,20 @@ def test_every_quantised_linear_by_name(case, cm):
     assert not set(quantised_linears(cm.model)) & {n for n in linears if n.rsplit(".", 1)[-1] in ("lm_head", "output")}
 
 
+def test_in_8_bits_it_captions_and_learns(case, cm, load, settings, make_engine, trials):
+    """The same linears as in NF4; a pack of trials learns on them, and captions."""
+    eight = load(case, model__quantisation="int8")
+    assert eight.quantisation == "int8"
+    assert set(quantised_linears(eight.model)) == set(quantised_linears(cm.model))
+    config = settings(case, model__quantisation="int8")
+    engine = make_engine(eight, config)
+    for spec in trials(config, 2):
+        engine.admit(spec)
+    losses = [{t: r.loss for t, r in engine.step().items()} for _ in range(6)]
+    assert min(step["t0"] for step in losses[2:]) < losses[0]["t0"]
+    assert len(engine.evaluate(["t0", "t1"])["t1"].captions) == 4
+
+
 def test_resized_once_and_normalised_later_is_what_the_processor_makes(cm, scenes):
     for image in (scenes["val"][0].image, scenes["val"][1].image.resize((97, 71))):
         pixels = cm.family.resize(cm.processor, image)
