@@ -260,7 +260,7 @@ def trains_alone(config: Config) -> str:
     for variant in (config.lora.variant, *choices):
         if variant != "lora":
             return f"lora.variant={variant}"
-    return ""
+    return "" if config.train.optimiser == "adamw" else f"train.optimiser={config.train.optimiser}"
 
 
 _GREEDY = DecodeSettings()

@@ -141,6 +141,8 @@ class TrainSettings:
     accumulation: int = 1
     """Pieces the effective batch is computed in; the loss stays that of one large batch."""
     lr: float = 2e-3
+    optimiser: Literal["adamw", "adamw-8bit-paged"] = "adamw"
+    """adamw-8bit-paged: bitsandbytes' AdamW with moments in 8 bits, which a GPU may page out; with tune.slots=1."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
     warmup_ratio: float = 0.0

@@ -135,12 +135,24 @@ def _accelerator(missing: list[dict[str, Any]]) -> dict[str, str]:
         how = "Everything runs on the CPU, the tiny base in minutes; a large base wants a CUDA device"
         missing.append({"what": "a GPU", "how": how, "needed": False})
         bf16 = "bf16 and fp32" if _cpu_bf16() else "fp32; this processor has no instructions for bf16"
-        return {"gpu": "none", "compute": bf16}
+        return {"gpu": "none", "compute": bf16, **_packed(paged=False)}
     names = []
     for n in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(n)
         names.append(f"{device.name}, {device.total_memory / 2**30:.0f} GiB")
-    return {"gpu": "; ".join(names), "compute": "bf16" if torch.cuda.is_bf16_supported() else "fp16 with loss scaling"}
+    compute = "bf16" if torch.cuda.is_bf16_supported() else "fp16 with loss scaling"
+    return {"gpu": "; ".join(names), "compute": compute, **_packed(paged=True)}
+
+
+def _packed(*, paged: bool) -> dict[str, str]:
+    """What bitsandbytes does here, for model.quantisation and train.optimiser."""
+    if util.find_spec("bitsandbytes") is None:
+        return {"weights": "16 or 32 bits alone, without bitsandbytes"}
+    moments = "paged out to the host where they do not fit" if paged else "not paged: a CPU has one memory"
+    return {
+        "weights": "4 bits (nf4), 8 bits (int8), 16 or 32 (none)",
+        "optimiser": f"adamw; adamw-8bit-paged with tune.slots=1, its moments {moments}",
+    }
 
 
 def _cpu_bf16() -> bool:

@@ -15,8 +15,10 @@ from raycap.config import Config, trains_alone
 from raycap.errors import ModelError
 from raycap.models.alone import AloneStack
 from raycap.models.lora import Weights
-from raycap.train.engine import PackEngine
+from raycap.train.engine import PackEngine, Slot
 from raycap.train.lanes import Lanes
+from raycap.train.optim import StackedAdamW
+from raycap.train.optim8 import PagedAdamW8bit
 from raycap.trial import TrialSpec
 
 
@@ -33,7 +35,20 @@ class AloneEngine(PackEngine):
 
     def _make_stacks(self) -> AloneStack:
         cm = self.cm
-        return AloneStack(cm.model, self.keys, compute_dtype=cm.compute_dtype, device=cm.device)
+        moments = self.config.train.optimiser == "adamw"
+        return AloneStack(cm.model, self.keys, compute_dtype=cm.compute_dtype, device=cm.device, moments=moments)
+
+    def _make_optimiser(self, slots: list[Slot]) -> StackedAdamW | PagedAdamW8bit:
+        if self.config.train.optimiser == "adamw":
+            return super()._make_optimiser(slots)
+        (slot,) = slots
+        return PagedAdamW8bit(slot.spec, self.stacks.parameters, slot.tensors)
+
+    def _cut(self, trial_id: str) -> dict[str, Weights]:
+        if not isinstance(self.optimiser, PagedAdamW8bit):
+            return super()._cut(trial_id)
+        value = self.stacks.cut(0, "value", self.slots[trial_id].targets)
+        return {"value": value, **{kind: self.optimiser.moments(kind) for kind in ("m", "v")}}
 
     def admit(
         self, spec: TrialSpec, state: Mapping[str, Any] | None = None, *, adapter: Path | str | None = None

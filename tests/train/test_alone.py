@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from bitsandbytes.optim import PagedAdamW8bit
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -32,11 +35,12 @@ def identical(one, other):
     return set(one) == set(other) and all(torch.equal(x, y) for path in one for x, y in zip(one[path], other[path]))
 
 
-def peft_dora(model, engine, spec, steps):
-    """(losses, adapter's state) of plain peft, torch's AdamW and cross-entropy on the engine's samples."""
+def by_peft(model, engine, spec, steps, adam=torch.optim.AdamW):
+    """(losses, adapter's state) of plain peft, `adam` and cross-entropy on the engine's samples."""
     dtype = next(model.parameters()).dtype
     targets = engine.cm.family.match_targets(engine.linears, "language", spec.targets)
-    peft = get_peft_model(model, LoraConfig(r=spec.r, lora_alpha=spec.alpha, target_modules=targets, use_dora=True))
+    settings = LoraConfig(r=spec.r, lora_alpha=spec.alpha, target_modules=targets, use_dora=spec.variant == "dora")
+    peft = get_peft_model(model, settings)
     begin = engine.state(spec.trial_id)["value"]
     own = {n: p for n, p in peft.named_parameters() if p.requires_grad}
     with torch.no_grad():
@@ -48,7 +52,7 @@ def peft_dora(model, engine, spec, steps):
             else:
                 p.data = p.data.to(dtype)
                 assert torch.equal(p.data, begin[path][2])
-    optimiser = torch.optim.AdamW(own.values(), lr=spec.lr, betas=(spec.beta1, spec.beta2), weight_decay=0.01)
+    optimiser = adam(own.values(), lr=spec.lr, betas=(spec.beta1, spec.beta2), weight_decay=0.01)
     store, losses = engine.stores["train"], []
     peft.train()
     for step in range(steps):
@@ -70,7 +74,7 @@ def test_dora_is_what_plain_peft_trains(make_engine, dora, oracle, run, tmp_path
     engine, spec = make_engine(c, dtype="fp64"), spec_of(c)
     assert isinstance(engine, AloneEngine)
     engine.admit(spec)
-    alone, trained = peft_dora(oracle(c, torch.float64), engine, spec, 10)
+    alone, trained = by_peft(oracle(c, torch.float64), engine, spec, 10)
     assert run(engine, 10)["t0"] == pytest.approx(alone, rel=1e-9, abs=0)
     found = load_file(engine.export("t0", tmp_path / "a", "last") / "adapter_model.safetensors")
     assert set(found) == set(trained)
@@ -191,3 +195,68 @@ def test_dora_on_packed_weights_is_dora_on_what_they_stand_for(make_engine, dora
     for engine in (packed, plain):
         engine.admit(spec_of(c))
     assert run(packed, 6)["t0"] == pytest.approx(run(plain, 6)["t0"], rel=1e-5)
+
+
+@pytest.fixture
+def eight(config):
+    def eight(**changes):
+        # Of rank 16 the widest tensors have the 4,096 elements from which on moments are kept in 8 bits.
+        return config(**{"train__optimiser": "adamw-8bit-paged", "tune__slots": 1, "lora__r": 16, **changes})
+
+    return eight
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_8_bit_adamw_is_bitsandbytes_own_on_plain_peft(make_engine, eight, oracle, run, tmp_path, variant):
+    c = eight(
+        train__weight_decay=0.01, train__max_grad_norm=0.5, train__schedule="constant", train__warmup_steps=0,
+        lora__variant=variant, model__quantisation="none",
+    )  # fmt: skip
+    engine, spec = make_engine(c), spec_of(c)
+    engine.admit(spec)
+    kinds = [t.dtype for found in engine.state("t0")["m"].values() for t in found[::2]]
+    assert {torch.uint8, torch.float32} == set(kinds)
+    alone, trained = by_peft(oracle(c, torch.float32), engine, spec, 8, PagedAdamW8bit)
+    assert run(engine, 8)["t0"] == pytest.approx(alone, rel=1e-4)
+    found = load_file(engine.export("t0", tmp_path / "a", "last") / "adapter_model.safetensors")
+    assert set(found) == set(trained)
+    begun = make_engine(c)
+    begun.admit(spec)
+    start = load_file(begun.export("t0", tmp_path / "b", "last") / "adapter_model.safetensors")
+    apart = sum(float(((found[n] - trained[n]) ** 2).sum()) for n in found) ** 0.5
+    moved = sum(float(((found[n] - start[n]) ** 2).sum()) for n in found) ** 0.5
+    assert apart <= 1e-2 * moved
+
+
+def test_8_bit_moments_resume_to_the_bit(make_engine, eight, run, tmp_path):
+    c = eight()
+    spec = spec_of(c, **{"lora.dropout": 0.1})
+    straight, broken, resumed = (make_engine(c) for _ in range(3))
+    straight.admit(spec)
+    broken.admit(spec)
+    losses = run(straight, 8)["t0"]
+    run(broken, 3)
+    checkpoint.save(tmp_path / "c", {"t0": broken.state("t0")})
+    resumed.admit(spec, checkpoint.load(tmp_path / "c")["t0"])
+    assert run(resumed, 5)["t0"] == losses[3:]
+    for kind in ("value", "m", "v"):
+        assert identical(straight.state("t0")[kind], resumed.state("t0")[kind])
+    assert any(t.dtype == torch.uint8 and t.unique().numel() > 9 for f in resumed.state("t0")["m"].values() for t in f)
+
+
+def test_8_bit_adamw_leaves_out_a_step_that_is_not_finite(make_engine, eight, run, monkeypatch):
+    engine = make_engine(eight())
+    engine.admit(spec_of(engine.config))
+    run(engine, 2)
+    before = {kind: engine.state("t0")[kind] for kind in ("value", "m", "v")}
+    plain = engine._gradients
+    monkeypatch.setattr(engine, "_gradients", lambda *a: plain(*a) * math.nan)
+    assert not engine.step()["t0"].finite
+    for kind, found in before.items():
+        assert identical(found, engine.state("t0")[kind])
+    assert (engine.state("t0")["step"], engine.state("t0")["updates"]) == (3, 2)
+
+
+def test_8_bit_adamw_asks_for_one_slot(eight):
+    with pytest.raises(ConfigError, match=r"train\.optimiser=adamw-8bit-paged .* tune\.slots=1 \(it is 2\)"):
+        eight(tune__slots=2)
