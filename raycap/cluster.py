@@ -238,6 +238,16 @@ def pack_resources(ray: ModuleType, packs: int, clients: int) -> dict[str, float
     return want
 
 
+def devices(ray: ModuleType) -> str:
+    """What a run computes on, in words."""
+    have = ray.cluster_resources()
+    if count := have.get("GPU", 0):
+        kinds = sorted(name.partition(":")[2] for name in have if name.startswith("accelerator_type:"))
+        return f"{count:g} GPU{'s' if count > 1 else ''}" + (f" ({', '.join(kinds)})" if kinds else "")
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return f"CPU, {have.get('CPU', 0):g} cores on {nodes} nodes" if nodes > 1 else f"CPU, {usable_cores()} cores"
+
+
 def autoscaled(ray: ModuleType) -> dict[str, float]:
     """What the cluster's autoscaler can bring it to, by resource; empty where there is none, or it does not say."""
     state = getattr(getattr(ray, "_private", None), "state", None)

@@ -147,3 +147,16 @@ def test_a_private_ray_leaves_the_agents_usual_port_to_a_cluster_head(ray_sessio
 
     assert worker._global_node.dashboard_agent_listen_port != ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
     assert isinstance(parameter.RayParams, type)
+
+
+def test_a_run_says_what_it_computed_on(monkeypatch):
+    def ray(nodes, **have):
+        return SimpleNamespace(cluster_resources=lambda: have, nodes=lambda: [{"Alive": True}] * nodes)
+
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 4)
+    assert (
+        cluster.devices(ray(1, CPU=9.0)) == "CPU, 4 cores"
+    )  # of the machine, whatever its private Ray pretends to have
+    assert cluster.devices(ray(3, CPU=24.0)) == "CPU, 24 cores on 3 nodes"
+    assert cluster.devices(ray(1, CPU=16.0, GPU=1.0, **{"accelerator_type:H200": 1.0})) == "1 GPU (H200)"
+    assert cluster.devices(ray(2, CPU=32.0, GPU=2.0)) == "2 GPUs"

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raycap.cluster import connect
+from raycap.cluster import connect, devices
 from raycap.config import Config
 from raycap.errors import GateError, Interrupted, RaycapError, RunError
 from raycap.files import atomic_folder, sha256_folder, write_jsonl
@@ -109,6 +109,7 @@ class _Run:
     def work(self, *, resume: bool, keep_serving: bool) -> None:
         shards = self._prepare()
         with connect(self.config, log=self.folder / "logs" / "ray.log") as ray, self._noting():
+            self.facts["device"] = devices(ray)
             found = self._sweep(ray, shards, resume)
             self._confirm(shards, found)
             exported = self._export(ray, shards, found)

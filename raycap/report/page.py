@@ -63,7 +63,7 @@ background:var(--panel);color:var(--muted)}
 .pill.bad{background:var(--bad-soft);color:var(--bad)}
 .pill.warn{background:var(--warn-soft);color:var(--warn)}
 .pill.win{background:var(--accent);color:var(--bg)}
-tbody th small{display:block;font-size:.78rem;font-weight:400;color:var(--muted)}
+tbody th small{display:block;font-size:.78rem;font-weight:400;color:var(--muted);white-space:normal;max-width:12.5rem}
 td.note{max-width:none;margin:0;white-space:normal;min-width:14.5rem;color:var(--muted);font-size:.85rem}
 .nb{white-space:nowrap}
 .se{color:var(--muted);font-size:.85em}

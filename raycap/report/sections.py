@@ -38,11 +38,14 @@ def verdicts(data: ReportData) -> str:
     if data.separation:
         best = escape(str(data.separation.get("best", "")))
         others = [escape(t) for t in together if t != data.separation.get("best")]
-        said = (f"{len(others)} more of {len(data.separation.get('p', {}))} scored trials may be as good as {best} on "
-                f"{data.separation.get('images', 0):,} validation images: {', '.join(others)}." if others
-                else f"{best} is separated from every other trial on validation.")  # fmt: skip
-        said += (" (Multiple comparisons with the best, a max-T bootstrap on shared resamples: the truly best trial is among "
-                 "them with 95 %. They are marked in the table.)")  # fmt: skip
+        images, how = f"{data.separation.get('images', 0):,} validation images", "a max-T bootstrap on shared resamples"
+        if others:
+            said = (f"{len(others)} more of {len(data.separation.get('p', {}))} scored trials may be as good as {best} on "
+                    f"{images}: {', '.join(others)}. (Multiple comparisons with the best, {how}: the truly best trial is "
+                    "among them with 95 %. They are marked in the table.)")  # fmt: skip
+        else:
+            said = (f"{best} is separated from every other scored trial on {images}. (Multiple comparisons with the best, "
+                    f"{how}, at 95 %.)")  # fmt: skip
         parts.append(f'<h3 class="gap">Which trial is the best?</h3><p class="note">{said}</p>')
     parts.append(_settings(data))
     return "".join(parts)
@@ -179,9 +182,14 @@ def memory(drawn: Drawn) -> str:
     shown = {k: v for k, v in drawn.items() if k.endswith("over-memory")}
     if not shown:
         return ""
-    note = ("Weights as they are stored, of each model that was scored; activations and the decoder's cache come on top. "
-            "What training took is under Cost.")  # fmt: skip
-    return f'<p class="note">{note}</p>' + figures_of(shown, "wide")
+    notes = []
+    if "trials-over-memory" in shown:
+        notes.append("Of each trial, the memory of a GPU that training it alone would take, as predicted.")
+    if "cider-over-memory" in shown:
+        notes.append("Of each model that was scored, its weights as they are stored; activations and the decoder's cache come "
+                     "on top.")  # fmt: skip
+    notes.append("What this run took is under Cost.")
+    return f'<p class="note">{" ".join(notes)}</p>' + figures_of(shown, "wide")
 
 
 def figures_of(shown: Drawn, look: str = "") -> str:
@@ -261,7 +269,9 @@ def cost(data: ReportData) -> str:
     facts = {
         "total": duration(total),
         "optimiser steps, all trials": f"{steps:,}" if steps else "",
-        "of all trials to the end": f"{steps / (len(data.trials) * data.steps):.0%}" if steps and data.steps else "",
+        "share of training all of them to the end": f"{steps / (len(data.trials) * data.steps):.0%}"
+        if steps and data.steps
+        else "",
         "training samples, all trials": f"{steps * data.batch:,}" if steps and data.batch else "",
         "training samples a second": f"{steps * data.batch / spent['sweep']:,.0f}"
         if steps and data.batch and "sweep" in spent

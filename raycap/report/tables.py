@@ -26,6 +26,7 @@ VARIANT_NOTES = {
     "merged-nf4": "merged, then quantised again",
     "served": "the promoted model's answers over HTTP",
 }
+_PLACE = r"(?:cider|val_loss) \S+ (at step \d+): (place \d+ of \d+(?: that cannot win)?), one in \d+ goes on$"
 STATE_LOOK = {"finished": "good", "diverged": "bad", "failed": "bad", "running": "warn", "judged": "warn"}
 
 
@@ -55,7 +56,7 @@ def scores(data: ReportData) -> str:
                 cells += f"<td>{size(data.weights_bytes[variant]) if variant in data.weights_bytes else ''}</td>"
             mark = ' class="win"' if variant == top_score(data)[0] and split == "test" else ""
             fallen = (data.collapse.get(variant) or {}) if split == "test" and variant != "constant" else {}
-            tag = ' <span class="pill warn">collapsed</span>' if fallen.get("collapsed") else ""
+            tag = f" {_collapsed(fallen)}" if fallen.get("collapsed") else ""
             rows.append(f"<tr{mark}>{named(variant, VARIANT_NOTES.get(variant, ''), tag)}{cells}</tr>")
         images = next((v["images"] for v in verdicts.values() if v.get("images")), None)
         images = images or (data.data.get("counts") or {}).get(split)
@@ -93,7 +94,7 @@ def gate(data: ReportData) -> str:
         if score is None:
             continue
         tag = ' <span class="pill">kept</span>' if name == kept else ""
-        dropped = "" if drop is None else f"{drop:+.2%}"
+        dropped = "" if drop is None else f"{drop:+.2%}" + (' <span class="se">(a gain)</span>' if drop < 0 else "")
         rows.append(f"<tr>{named(name, what, tag)}<td>{number(score, 4)}</td><td>{dropped}</td></tr>")
     look, verdict = ("good", "passed") if passed else ("bad", "not passed: nothing is served")
     pill = f'<span class="pill {look}">{verdict}</span>'
@@ -130,7 +131,9 @@ def trials(data: ReportData) -> str:
     if len(data.separation.get("together") or ()) > 1:
         note += " The bar at the left marks the trials that cannot be told apart from the best."
     if collapsed:
-        note += f" {collapsed} collapsed: a few captions for all pictures, whatever the score says."
+        note += (
+            f" {collapsed} collapsed, whatever the score says: the mark names the sign that told, the first of several."
+        )
     tall = " tall" if len(rows) > 20 else ""
     return f'<p class="note">{note}</p>' + scrolled(head, rows, f"sortable{tall}")
 
@@ -152,9 +155,7 @@ def _trial_row(data: ReportData, t: Mapping[str, Any], top: float, weighed: bool
     if t["trial_id"] == data.worst_trial and len(data.trials) > 1:
         notes.append('<span class="pill">worst</span>')
     if collapse.get("collapsed"):
-        share = collapse.get("distinct_share")
-        told = f": {share:.0%} distinct" if _finite(share) else ""
-        notes.append(f'<span class="pill warn">collapsed{told}</span>')
+        notes.append(_collapsed(collapse))
     if t.get("reason"):
         notes.append(f'<span title="{escape(t["reason"], quote=True)}">{escape(_short(t["reason"]))}</span>')
     cider = "–"
@@ -185,10 +186,24 @@ def _trial_row(data: ReportData, t: Mapping[str, Any], top: float, weighed: bool
     )
 
 
+def _collapsed(collapse: Mapping[str, Any]) -> str:
+    """A mark with the first sign that told; all of them where the pointer rests."""
+    signs = [str(sign) for sign in collapse.get("reasons") or ()]
+    told = f": {escape(signs[0])}" if signs else ""
+    more = f" (+{len(signs) - 1})" if len(signs) > 1 else ""
+    return f'<span class="pill warn" title="{escape("; ".join(signs), quote=True)}">collapsed{told}{more}</span>'
+
+
 def _short(reason: str) -> str:
-    """A scheduler's reason without what other columns say; any other as it is."""
-    found = re.match(r"(?:cider|val_loss) \S+ (at step \d+): (place \d+ of \d+), one in \d+ goes on", reason)
-    return f"{found[2]} {found[1]}" if found else reason
+    """A scheduler's reason without what other columns and marks say; any other as it is."""
+    told = []
+    for clause in reason.split("; "):
+        found = re.match(_PLACE, clause)
+        if found:
+            told.append(f"{found[2]} {found[1]}")
+        elif not clause.startswith("its captions have collapsed"):
+            told.append(clause)
+    return "; ".join(told)
 
 
 def named(name: str, note: str, tag: str = "") -> str:

@@ -215,7 +215,8 @@ class Pack:
         slot.record.state = state
         slot.record.reason = reason
         if slot.record.collapse.get("collapsed") and state in ("finished", "stopped"):
-            slot.record.reason = "; ".join(filter(None, [reason, "its captions have collapsed"]))
+            signs = ", ".join(slot.record.collapse.get("reasons", []))
+            slot.record.reason = "; ".join(filter(None, [reason, f"its captions have collapsed ({signs})"]))
         with atomic_folder(self.adapters / trial_id) as folder:
             if slot.record.best_step:
                 self.engine.export(trial_id, folder, which="best")

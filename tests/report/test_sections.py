@@ -27,6 +27,34 @@ def test_the_trials_that_may_be_the_best_are_marked_in_the_table(run_folder):
     assert "1 more of 3 scored trials may be as good as t01 on 128 validation images: t00." in text_of(page)
 
 
+def test_a_best_trial_that_stands_alone_marks_nobody(run_folder):
+    data = report_data(load_run(run_folder))
+    told = {"best": "t01", "together": ["t01"], "p": {"t01": 1.0, "t00": 0.01}, "images": 128}
+    page = text_of(verdicts(dataclasses.replace(data, separation=told)))
+    assert "t01 is separated from every other scored trial on 128 validation images." in page
+    assert "marked" not in page
+
+
+def test_a_note_says_what_the_marks_beside_it_do_not(run_folder):
+    data = report_data(load_run(run_folder))
+    t00, t01, t02, t03 = data.trials
+    place = "cider 0.05 at step 111: place 2 of 3 that cannot win, one in 3 goes on"
+    many = [
+        {**t00, "reason": f"{place}; its captions have collapsed (47% repeat themselves); cannot win: alone it would take 4.00 GB"},
+        {**t02, "reason": "cider 0.1 at step 10: place 5 of 12, one in 3 goes on"},
+    ]  # fmt: skip
+    page = text_of(render(dataclasses.replace(data, trials=[t01, t03, *many])))
+    assert "place 2 of 3 that cannot win at step 111; cannot win: alone it would take 4.00 GB" in page
+    assert "place 5 of 12 at step 10 " in page and "its captions have" not in page
+    assert "collapsed: 47% repeat themselves (+1)" in page and "1 collapsed, whatever the score says" in page
+
+
+def test_the_gate_calls_a_negative_drop_a_gain(run_folder):
+    data = report_data(load_run(run_folder))
+    page = text_of(render(dataclasses.replace(data, gate={**data.gate, "drop_nf4": -0.0243})))
+    assert "-2.43% (a gain)" in page and "+3.85%" not in page
+
+
 def test_settings_are_judged_over_seeds_and_only_where_seeds_were_run():
     assert "Settings over seeds" not in verdicts(ReportData(name="x"))
     told = {
