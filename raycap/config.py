@@ -10,6 +10,7 @@ import dataclasses
 import os
 import types
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -94,7 +95,14 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: no such preset; a key, value or type that does not fit; settings that contradict each other.
     """
-    return from_dict(put_settings(_read_preset(preset), overrides))
+    config = from_dict(put_settings(_read_preset(preset), overrides))
+    if config.model.trust_remote_code:
+        warnings.warn(
+            f"WARNING: model.trust_remote_code=true runs the code that came with {config.model.path}, as you, here and on "
+            "every node. Read it first",
+            stacklevel=2,
+        )
+    return config
 
 
 def put_settings(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

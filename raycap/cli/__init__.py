@@ -105,7 +105,7 @@ def _notes() -> Iterator[None]:
 
     def show(message: Any, category: Any, filename: str, *place: Any, **options: Any) -> None:
         if issubclass(category, UserWarning) and HERE in Path(filename).parents:
-            print(f"note: {message}", file=sys.stderr)
+            print(message if str(message).startswith("WARNING") else f"note: {message}", file=sys.stderr)
         else:
             before(message, category, filename, *place, **options)
 

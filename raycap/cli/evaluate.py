@@ -77,16 +77,14 @@ def run(args: argparse.Namespace) -> int:
         print_json(found)
         return 0
     print(f"{model} on {found['split']}, {found['images']:,} images")
-    for name, scored in found["metrics"].items():
-        print(f"  {name:<8} {scored['score']:.4f}   {scored['signature']}")
+    print(_metrics(found["metrics"]))
     if found.get("collapse", {}).get("collapsed"):
         print(f"! the captions look collapsed: {'; '.join(found['collapse']['reasons'])}")
     if excluded := found.get("excluded"):
         print(
             f"{excluded['images']} images are left out by {args.exclude}; with them, {excluded['whole']['images']:,} images:"
         )
-        for name, scored in excluded["whole"]["metrics"].items():
-            print(f"  {name:<8} {scored['score']:.4f}   {scored['signature']}")
+        print(_metrics(excluded["whole"]["metrics"]))
         if excluded["unknown"]:
             print(f"note: {len(excluded['unknown'])} ids of the file are not in this split: {excluded['unknown'][0]}")
     if found.get("sets"):
@@ -96,6 +94,11 @@ def run(args: argparse.Namespace) -> int:
     if found.get("flagged"):
         print(f"to review: {found['flagged']}")
     return 0
+
+
+def _metrics(metrics: dict[str, Any]) -> str:
+    wide = max(map(len, metrics), default=0)
+    return "\n".join(f"  {name:<{wide}} {found['score']:>9.4f}   {found['signature']}" for name, found in metrics.items())
 
 
 def _out(text: str | None) -> Path | None:

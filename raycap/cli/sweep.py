@@ -195,11 +195,19 @@ def dry_run(config: Config, *, as_json: bool) -> int:
 
 
 def _trials_table(trials: list[dict[str, Any]]) -> str:
-    heads = ("trial_id", "r", "alpha", "scale", "lr", "dropout", "seed")
-    cells = [[str(t[h]) if not isinstance(t[h], float) else f"{t[h]:.4g}" for h in heads] for t in trials]
+    """The settings that trials usually differ in, and whatever else these differ in."""
+    usual = ("trial_id", "r", "alpha", "scale", "lr", "dropout", "seed")
+    heads = (*usual, *(name for name in trials[0] if name not in usual and len({str(t[name]) for t in trials}) > 1))
+    cells = [[_cell(t[h]) for h in heads] for t in trials]
     widths = [max(len(head), *(len(row[n]) for row in cells)) for n, head in enumerate(heads)]
     lines = [heads, *cells]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value)) or "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value) or "-"
 
 
 def _flat(config: Config) -> dict[str, Any]:

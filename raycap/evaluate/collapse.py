@@ -27,8 +27,8 @@ def collapse(
 ) -> dict[str, Any]:
     """Shares between 0 and 1 over the captions, `collapsed`, and the `reasons` for it in words.
 
-    `references` are in the order of `captions`; with them variety and length are set against what people wrote, so that
-    a set whose pictures are all alike is not flagged. `length_ratio` is None without them. Lengths and repetition are
+    `references` are in the order of `captions`; with them variety, length, repetition and echoes are set against what
+    people wrote, so that a set whose pictures are all alike is not flagged. `length_ratio` is None without them. Lengths and repetition are
     counted in words, in Japanese in characters.
     """
     plain = [" ".join(caption.lower().split()) for caption in captions]
@@ -45,7 +45,7 @@ def collapse(
         "echo_share": _share(bool(start) and p.startswith(start) for p in plain),
         "length_ratio": None,
     }
-    variety, usual_top, usual_echo = 1.0, 0.0, 0.0
+    variety, usual_top, usual_echo, usual_repetition = 1.0, 0.0, 0.0, 0.0
     if references:
         ours = [len(_words(p, lang)) for p in plain]
         theirs = [closest_length(n, [len(_words(r, lang)) for r in refs]) for n, refs in zip(ours, references) if refs]
@@ -55,6 +55,7 @@ def collapse(
             variety = len(first) / first.total()
             usual_top = first.most_common(1)[0][1] / first.total()
             usual_echo = sum(n for text, n in first.items() if start and text.startswith(start)) / first.total()
+            usual_repetition = sum(n for text, n in first.items() if repeats(text, lang)) / first.total()
     reasons = []
     if count >= ENOUGH:
         if found["top_share"] > max(TOP_SHARE, 1.5 * usual_top):
@@ -63,7 +64,7 @@ def collapse(
             reasons.append(f"{found['distinct_share']:.0%} distinct captions where people wrote {variety:.0%}")
     if found["empty_share"] > EMPTY_SHARE:
         reasons.append(f"{found['empty_share']:.0%} are empty")
-    if found["repetition_share"] > REPETITION_SHARE:
+    if found["repetition_share"] > REPETITION_SHARE + usual_repetition:
         reasons.append(f"{found['repetition_share']:.0%} repeat themselves")
     if found["echo_share"] > ECHO_SHARE + usual_echo:
         reasons.append(f"{found['echo_share']:.0%} begin with the prompt")

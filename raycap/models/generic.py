@@ -3,8 +3,6 @@
 For models without a file of their own here. Features are those behind the projector. Shapes as in base.py.
 """
 
-import sys
-
 import numpy as np
 import torch
 from PIL import Image
@@ -45,8 +43,6 @@ class Generic(Family):
         raise ModelError(f"{type(model).__name__} has none of {', '.join(names)}: it needs a family of its own")
 
     def load_weights(self, path, **options):
-        if options.get("trust_remote_code"):
-            print(f"WARNING: running the code that came with {path} (model.trust_remote_code=true)", file=sys.stderr)
         model = AutoModelForImageTextToText.from_pretrained(path, **options)
         if not model._supports_mm_encoder_outputs():
             raise ModelError(f"{type(model).__name__} takes no ready image features: it needs a family of its own")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,9 @@ def end_line(trial: Mapping[str, Any]) -> str:
         found += f" ± {number(trial['cider_se'])}"
     if trial.get("cider") is None:
         found = f"loss {number(trial.get('loss'))}"
-    reason = f"; {trial['reason']}" if trial.get("reason") else ""
+    # A place among CIDErs need not repeat the CIDEr and the step.
+    reason = re.sub(r"^cider \S+ at step \d+: ", "", trial.get("reason") or "")
+    reason = f"; {reason}" if reason else ""
     setting = f"rank {trial['rank']}, alpha {trial['alpha']:g}, lr {sci(trial['lr'])}, dropout {trial['dropout']:g}"
     return f"{trial['trial_id']} {trial['state']} at step {trial.get('steps', 0):,}: {found} ({setting}){reason}"
 

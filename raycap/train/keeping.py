@@ -101,8 +101,10 @@ def _decide(
         found[name] = Choice(False, "the split is read in windows, which have no place for them", stores[name].count)
     if not (open_ := [name for name in whole if name not in there]):
         return found
-    speeds, row_bytes = measure(images, whole[open_[0]], piece, timed=mode == "auto")
     looked = looks(config, images.shared, rungs, trials, packs)
+    # Where each image is looked at again and again, it does not matter how fast the tower is in large batches.
+    often = all(looked.get(name, 0) > 2 * whole[name].count for name in open_)
+    speeds, row_bytes = measure(images, whole[open_[0]], piece, timed=mode == "auto", batches=not often)
     taken = 0
     for name in open_:
         store, size = whole[name], whole[name].count * row_bytes
@@ -123,8 +125,13 @@ def has_room(config: Config, store: Store, size: int, keep: Collection[Path]) ->
     return room_for(config.cache_dir, store.folder, own + size, int(config.run.store_gb * 1e9), keep=keep)
 
 
-def measure(images: Images, store: Store, piece: int, *, timed: bool = True) -> tuple[Speeds | None, int]:
-    """(Speeds, bytes of an image's features) of this tower, device and disk, on the first images of `store`."""
+def measure(
+    images: Images, store: Store, piece: int, *, timed: bool = True, batches: bool = True
+) -> tuple[Speeds | None, int]:
+    """(Speeds, bytes of an image's features) of this tower, device and disk, on the first images of `store`.
+
+    Without `batches` the tower counts as no faster in batches of TOWER_BATCH than in a step's pieces.
+    """
     rows = np.arange(min(store.count, TOWER_BATCH))
     store.wait(rows)
     few = rows[: max(1, min(piece, len(rows)))]
@@ -134,7 +141,7 @@ def measure(images: Images, store: Store, piece: int, *, timed: bool = True) -> 
         return None, row_bytes
     live_s = min(_seconds(lambda: images.to_numpy(images.live(store, few))) for _ in range(2)) / len(few)
     tower_s = live_s
-    if live_s * TOWER_BATCH < PATIENCE_S:
+    if batches and live_s * TOWER_BATCH < PATIENCE_S:
         whole_s = min(_seconds(lambda: images.to_numpy(images.encode(store, rows))) for _ in range(2))
         tower_s = min(live_s, whole_s / TOWER_BATCH)  # a larger batch is no slower: what says so is other work
     return Speeds(tower_s, live_s, *_disk(images, store.folder, values)), row_bytes

@@ -43,6 +43,14 @@ def test_people_who_begin_like_the_prompt_are_not_echoed():
     assert collapse(captions, REFERENCES, prompt="a picture of")["collapsed"]
 
 
+def test_people_who_say_things_twice_are_not_looping():
+    references = [[f"thing {n} a b thing {n} a b"] for n in range(20)]
+    captions = [f"on top thing {n} a thing {n} a" for n in range(20)]
+    assert collapse(captions, references)["repetition_share"] == 1
+    assert not collapse(captions, references)["collapsed"]
+    assert collapse(captions, REFERENCES)["reasons"] == ["100% repeat themselves"]
+
+
 def test_japanese_is_counted_in_characters():
     """Words are not set apart there: a caption is no single word, and doubled words are no loop."""
     references = [[f"赤い車が{n}台、道のそばにとまっている"] for n in range(20)]

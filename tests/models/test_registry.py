@@ -22,6 +22,17 @@ def test_every_family_loads_and_keeps_the_contract(name):
     assert set(family.scopes()) >= {"language", "vision"}
 
 
+def test_a_family_is_one_file_of_under_150_lines_and_one_line_of_the_registry():
+    """generic, the last one to be written, is what docs/models.md shows to who writes their own."""
+    import importlib
+
+    module, _, attribute = FAMILIES["generic"].partition(":")
+    file = Path(importlib.import_module(module).__file__)
+    assert len(file.read_text(encoding="utf-8").splitlines()) < 150
+    own = [f.name for f in (file.parents[1]).rglob("*.py") if attribute in f.read_text(encoding="utf-8") and f != file]
+    assert own == ["__init__.py"], "nobody else knows of it"
+
+
 def test_an_unknown_family_is_answered_with_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'git'"):
         load_family("gitt")

@@ -54,7 +54,7 @@ def decide(config, make_stores, tmp_path, monkeypatch):
         stores = stores or make_stores(cm)
         if speeds:
             real = measure(images, stores["train"], 4, timed=False)[1]
-            monkeypatch.setattr(keeping, "measure", lambda *_, timed=True: (speeds if timed else None, real))
+            monkeypatch.setattr(keeping, "measure", lambda *_, timed=True, **__: (speeds if timed else None, real))
         record = Storage.open(tmp_path / "run")
         found = keep_or_not(images, stores, c, record, rungs=[40], trials=4, packs=1, piece=4, log=said.append)
         return images, stores, found, said
@@ -86,9 +86,13 @@ def test_features_that_are_there_are_used_without_measuring(decide, tmp_path, mo
     assert all(c == Choice(True, "another run has left them", stores[s].count) for s, c in found.items())
 
 
-def test_a_measurement_is_of_this_tower_and_disk(decide):
+def test_a_measurement_is_of_this_tower_and_disk(decide, monkeypatch):
     images, stores, found, _ = decide()
+    calls = []
+    monkeypatch.setattr(images, "encode", lambda *a, real=images.encode: calls.append(1) or real(*a))
+    assert measure(images, stores["train"], 4, batches=False)[0] and not calls
     speeds, row_bytes = measure(images, stores["train"], 4)
+    assert calls
     assert row_bytes == images.to_numpy(images.live(stores["train"], [0]))[0].nbytes
     assert all(0 < value < 1 for value in dataclasses.astuple(speeds))
     assert {c.bytes for c in found.values()} == {row_bytes * store.count for store in stores.values()}
