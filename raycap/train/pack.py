@@ -216,7 +216,8 @@ class Pack:
         slot.record.reason = reason
         if slot.record.collapse.get("collapsed") and state in ("finished", "stopped"):
             signs = ", ".join(slot.record.collapse.get("reasons", []))
-            slot.record.reason = "; ".join(filter(None, [reason, f"its captions have collapsed ({signs})"]))
+            told = f"its captions have collapsed ({signs})" if signs else "its captions have collapsed"
+            slot.record.reason = "; ".join(filter(None, [reason, told]))
         with atomic_folder(self.adapters / trial_id) as folder:
             if slot.record.best_step:
                 self.engine.export(trial_id, folder, which="best")
