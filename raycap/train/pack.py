@@ -212,12 +212,12 @@ class Pack:
         slot = self.slots[trial_id]
         if slot.collapsed is not None and state == "diverged":
             state, reason = "stopped", f"at step {slot.record.steps} {slot.collapsed or 'its captions said nothing'}"
-        slot.record.state = state
-        slot.record.reason = reason
-        if slot.record.collapse.get("collapsed") and state in ("finished", "stopped"):
+        elif slot.record.collapse.get("collapsed") and state in ("finished", "stopped"):
             signs = ", ".join(slot.record.collapse.get("reasons", []))
             told = f"its captions have collapsed ({signs})" if signs else "its captions have collapsed"
-            slot.record.reason = "; ".join(filter(None, [reason, told]))
+            reason = "; ".join(filter(None, [reason, told]))
+        slot.record.state = state
+        slot.record.reason = reason
         with atomic_folder(self.adapters / trial_id) as folder:
             if slot.record.best_step:
                 self.engine.export(trial_id, folder, which="best")
