@@ -98,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _metrics(metrics: dict[str, Any]) -> str:
     wide = max(map(len, metrics), default=0)
-    return "\n".join(f"  {name:<{wide}} {found['score']:>9.4f}   {found['signature']}" for name, found in metrics.items())
+    return "\n".join(
+        f"  {name:<{wide}} {found['score']:>9.4f}   {found['signature']}" for name, found in metrics.items()
+    )
 
 
 def _out(text: str | None) -> Path | None:

@@ -28,8 +28,8 @@ def collapse(
     """Shares between 0 and 1 over the captions, `collapsed`, and the `reasons` for it in words.
 
     `references` are in the order of `captions`; with them variety, length, repetition and echoes are set against what
-    people wrote, so that a set whose pictures are all alike is not flagged. `length_ratio` is None without them. Lengths and repetition are
-    counted in words, in Japanese in characters.
+    people wrote, so that a set whose pictures are all alike is not flagged. `length_ratio` is None without them. Lengths
+    and repetition are counted in words, in Japanese in characters.
     """
     plain = [" ".join(caption.lower().split()) for caption in captions]
     count = len(plain)

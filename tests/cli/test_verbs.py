@@ -77,7 +77,9 @@ def test_dry_run_shows_every_setting_that_trials_differ_in(tmp_path, monkeypatch
     assert main(["sweep", "shapes-git", "tune.trials=6", space, "--dry-run"]) == 0
     heads, *rows = capsys.readouterr().out.partition("trial_id")[2].splitlines()[:7]
     assert heads.split() == ["r", "alpha", "scale", "lr", "dropout", "seed", "schedule", "full"]
-    assert {tuple(row.split()[-2:]) for row in rows} <= {(s, f) for s in ("linear", "cosine") for f in ("-", "projector")}
+    assert {tuple(row.split()[-2:]) for row in rows} <= {
+        (s, f) for s in ("linear", "cosine") for f in ("-", "projector")
+    }
 
 
 def test_code_from_outside_is_said_loudly_before_it_runs(tmp_path, monkeypatch, capsys):
@@ -85,7 +87,9 @@ def test_code_from_outside_is_said_loudly_before_it_runs(tmp_path, monkeypatch, 
     asked = ["sweep", "shapes-git", "tune.trials=2", "--dry-run", "--json"]
     assert main([*asked, "model.trust_remote_code=true"]) == 0
     said = capsys.readouterr().err
-    assert said.startswith("WARNING: model.trust_remote_code=true runs the code that came with builtin:tiny-git, as you")
+    assert said.startswith(
+        "WARNING: model.trust_remote_code=true runs the code that came with builtin:tiny-git, as you"
+    )
     assert main(asked) == 0 and "WARNING" not in capsys.readouterr().err
 
 
