@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raycap.cluster import DATA_CPUS
+from raycap.data.nodes import nodes_that_see
 from raycap.data.parquet import open_shards, read_row_group
+from raycap.data.units import SHARE, run_here
 from raycap.errors import DataError
 
 if TYPE_CHECKING:
@@ -127,7 +130,8 @@ def local_reader(prepare_row: PrepareRow) -> Callable[[list[dict[str, Any]]], It
 
 
 def run_units(work: Any, units: list[dict[str, Any]]) -> Iterator[int]:
-    """A runner for `prepare` (see units.Runner): the units as a Ray dataset, over all cores of all nodes.
+    """A runner for `prepare` (see units.Runner): the units as a Ray dataset, over all cores of the nodes that see the
+    working folder, which is said where not all do.
 
     Work that loads something heavy gets actors, one a GPU or, where there is none, one for every two CPUs.
 
@@ -138,9 +142,21 @@ def run_units(work: Any, units: list[dict[str, Any]]) -> Iterator[int]:
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    have = ray.cluster_resources()
-    cpus, gpus = max(1, math.floor(have.get("CPU", 1))), math.floor(have.get("GPU", 0))
+    nodes, blind = nodes_that_see(ray, Path(work.folder))
+    if blind:
+        where = f"on {len(nodes)} of {len(nodes) + len(blind)} nodes" if nodes else "in this process"
+        names = ", ".join(sorted(str(node.get("NodeManagerHostname") or node["NodeID"][:8]) for node in blind))
+        warnings.warn(
+            f"`prepare` works {where}: {work.folder} is not seen by {names}. To use all, {SHARE}", stacklevel=2
+        )
+    if not nodes:
+        yield from run_here(work, units)
+        return
+    cpus, gpus = (math.floor(sum(n["Resources"].get(name, 0) for n in nodes)) for name in ("CPU", "GPU"))
+    cpus = max(1, cpus)
     options: dict[str, Any] = {"num_cpus": DATA_CPUS, "batch_size": 1, "batch_format": "numpy"}
+    if blind:
+        options["label_selector"] = {"ray.io/node-id": f"in({','.join(node['NodeID'] for node in nodes)})"}
     if work.actors:
         size = min(len(units), gpus or max(1, cpus // 2))
         options |= {"compute": ray.data.ActorPoolStrategy(size=size), **({"num_gpus": 1} if gpus else {})}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 UNIT_ROWS = 256
 """Rows that one piece of the checking takes."""
+
+SHARE = "give `prepare` a folder (--out, or run.cache_dir) that all nodes of the cluster share"
 
 Unit = dict[str, Any]
 """{"number": its name, "rows": how many, ...}: what JSON can carry."""
@@ -90,10 +93,16 @@ class Work(ABC):
     """Whether what a process loads for it is heavy, so that few processes should, and on a GPU where there is one."""
 
     def __init__(self, folder: Path):
-        self.folder = str(folder)
+        self.folder = str(Path(folder).absolute())  # Ray's workers stand in other folders
 
     def __call__(self, unit: Unit) -> int:
-        """Do the unit, leave its result, and return its number of rows."""
+        """Do the unit, leave its result, and return its number of rows.
+
+        Raises:
+            DataError: this node does not see the working folder.
+        """
+        if not Path(self.folder).is_dir():
+            raise DataError(f"node {socket.gethostname()} does not see {self.folder}: {SHARE}")
         write_json(self.result_file(unit), self.work(unit))
         return unit["rows"]
 
@@ -127,10 +136,7 @@ def run_units(
         try:
             yield read_json(work.result_file(unit))
         except FileNotFoundError as error:
-            raise DataError(
-                f"{work.result_file(unit)} was written on another node and is not here: give `prepare` a folder that "
-                "all nodes of the cluster share"
-            ) from error
+            raise DataError(f"{work.result_file(unit)} was written on another node and is not here: {SHARE}") from error
 
 
 class Rate:

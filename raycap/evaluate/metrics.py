@@ -20,7 +20,7 @@ from raycap.errors import ConfigError, DataError, did_you_mean
 from raycap.evaluate.cider import CiderScorer
 from raycap.evaluate.java import NO_JAVA, java
 from raycap.evaluate.signature import references_per_image, signature
-from raycap.evaluate.tokenise import TOKENISERS, default_tokeniser, load_tokeniser
+from raycap.evaluate.tokenise import LANGUAGES, TOKENISERS, default_tokeniser, load_tokeniser
 
 METRICS: dict[str, str] = {
     "bleu": "raycap.evaluate.overlap:bleu",
@@ -159,6 +159,9 @@ def score(
         raise ConfigError("`images` and `clip` have no effect without the metric clipscore")
     if corpus is not None and "cider" not in computed:
         raise ConfigError("`corpus` has no effect without the metric cider, whose document frequencies it gives")
+    own = LANGUAGES.get(lang, ())
+    if tokeniser and own and tokeniser not in own and any(tokeniser in others for others in LANGUAGES.values()):
+        raise ConfigError(f"tokeniser={tokeniser} is not for lang={lang}, whose tokenisers are {' and '.join(own)}")
     for name, title, reason in (("meteor", "METEOR", _no_meteor(lang)), ("spice", "SPICE", _no_spice(lang))):
         if name in computed and reason:
             del computed[name]

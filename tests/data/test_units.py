@@ -142,7 +142,7 @@ def test_an_error_in_a_unit_on_ray_is_told(tmp_path, ray_session):
     from raycap.data.stream import run_units
 
     class Broken:
-        actors = True
+        actors, folder = True, str(tmp_path)
 
         def __call__(self, unit):
             from raycap.errors import DataError
@@ -248,6 +248,21 @@ def test_ppm_is_read_by_anybody():
 
 def test_a_node_that_does_not_share_the_folder_is_told(tmp_path):
     work = units.CheckWork(tmp_path, lambda data: None)
+    with pytest.raises(DataError, match=r"node .* does not see .*gone: give `prepare` a folder"):
+        units.CheckWork(tmp_path / "gone", lambda data: None)({"number": "00000", "rows": 3, "places": []})
     elsewhere = lambda work, left: (unit["rows"] for unit in left)  # noqa: E731 - done, and its result is not here
     with pytest.raises(DataError, match=r"checked-00000\.json was written on another node .* all nodes .* share"):
         list(units.run_units(work, [{"number": "00000", "rows": 3, "places": []}], elsewhere, None, "images"))
+
+
+def test_without_a_node_that_sees_the_folder_the_work_is_done_here(tmp_path, monkeypatch):
+    from raycap.data import stream
+
+    blind = {"NodeID": "0" * 56, "NodeManagerHostname": "far", "Resources": {"CPU": 8.0}}
+    monkeypatch.setattr(stream, "nodes_that_see", lambda ray, folder: ([], [blind]))
+    work = units.CheckWork(tmp_path, lambda data: None)
+    with pytest.warns(
+        UserWarning, match=r"works in this process: .* is not seen by far\. To use all, give `prepare` a folder"
+    ):
+        assert list(stream.run_units(work, [{"number": "00000", "rows": 0, "places": []}])) == [0]
+    assert work.result_file({"number": "00000"}).is_file()

@@ -139,6 +139,7 @@ def test_table(files, capsys):
         ("p.jsonl", "r.jsonl", ["--metrics", ","], "names no metric"),
         ("p.jsonl", "r.jsonl", ["--tokeniser", "pbt"], "did you mean 'ptb'"),
         ("p.jsonl", "r.jsonl", ["--lang", "de"], "--lang"),
+        ("p.jsonl", "r.jsonl", ["--lang", "ja", "--tokeniser", "ptb"], "tokeniser=ptb is not for lang=ja"),
         ("p.jsonl", "r.jsonl", ["--metrics", "clipscore"], "--images FOLDER"),
         ("p.jsonl", "r.jsonl", ["--metrics", "bleu", "--clip", "ViT-B-32/openai"], "no effect"),
         ("p.jsonl", "r.jsonl", ["--metrics", "bleu", "--corpus", "r.jsonl"], "cannot be read"),

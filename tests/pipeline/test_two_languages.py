@@ -69,3 +69,34 @@ def test_prepare_then_train_then_score_the_other_language(tmp_path, ray_session,
     assert main(["evaluate", str(run), "evaluate.lang=ja", "evaluate.metrics=cider", "--json"]) == 0
     other = json.loads(capsys.readouterr().out)
     assert other["images"] == 6 and "ja" in other["metrics"]["cider"]["signature"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_on_both_languages_is_pruned_and_scored_in_one(tmp_path, ray_session, capsys):
+    """Its trials train on English and Japanese; rungs, gate and test are of evaluate.lang."""
+    draw(tmp_path / "set")
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    settings = [s for s in SETTINGS if not s.startswith(("data.train_splits", "train.steps"))]
+    sweep = [
+        f"data.source={tmp_path / 'set'}", "data.leaks=allow", f"run.dir={run}", f"run.cache_dir={cache}", "--plain",
+        "train.steps=12", "tune.trials=2", "tune.slots=2", "tune.default_trial=false",
+    ]  # fmt: skip
+    assert main(["sweep", "photos-git-tiny", *sweep, *settings]) == 0
+    printed = capsys.readouterr()
+    assert "val and test are scored in en alone; rows left aside: {'ja': 12}" in printed.err
+    entry = read_json(run / "run.json")
+    assert entry["status"] == "finished"
+    assert entry["data"]["languages"] == {split: {"en": 12, "ja": 12} if split == "train" else {"en": 6, "ja": 6}
+                                          for split in ("train", "val", "test")}  # fmt: skip
+    tokens = entry["data"]["tokens"]
+    assert tokens["train"]["captions"] == 48 and tokens["train"]["captions_cut"] == 0  # both languages are trained on
+    for split in ("val", "test"):
+        for metric in entry["metrics"][split]["adapter"].values():
+            assert "|lang:en|" in metric["signature"] and "|n:6|" in metric["signature"]
+    trials = read_json(run / "checkpoints" / "trials.json")["trials"]
+    assert len(trials) == 2 and all(trial["curve"] for trial in trials)
+    # What was pruned by: captions of the six pictures with English captions.
+    for name in ("val.adapter", "test.served"):
+        rows = read_jsonl(run / "predictions" / f"{name}.jsonl")
+        assert len(rows) == 6 and all("disc" in reference for row in rows for reference in row["references"])

@@ -124,6 +124,23 @@ def test_likeness(found):
     assert "meteor" not in found["captions"]["ja"]["likeness"] and any("lang=ja" in note for note in found["notes"])
 
 
+def test_the_table_has_every_figure_that_004_gives(found):
+    """Counts, splits, lengths in words, tokens and characters, duplicates, likeness: of one language and of another."""
+    rows = dict(table(found))
+    wanted = ["images", "size, px", "train / val / test", "pictures again", "pictures in two splits"]
+    likeness = ["BLEU-4", "cosine, TF-IDF", "cosine, CLIP"]
+    of_each = [
+        "captions", "words a caption", "tokens a caption", "tokens unknown", "characters a caption", "vocabulary",
+        "exact duplicates", "sets of captions", *(f"inside an image, {name}" for name in likeness),
+    ]  # fmt: skip
+    meteor = [] if metrics._no_meteor("en") else ["inside an image, METEOR (en)"]
+    assert set(rows) == {*wanted, *(f"{name} ({lang})" for name in of_each for lang in ("en", "ja")), *meteor}
+    assert rows["images"] == "9" and rows["size, px"] == "64 x 48" and rows["train / val / test"] == "4 / 2 / 3"
+    assert rows["captions (en)"] == "12, 2.00 an image" and rows["exact duplicates (en)"] == "4, 1 inside an image"
+    assert rows["words a caption (en)"] == "2-8, mean 4.17" and rows["characters a caption (ja)"].startswith("3-")
+    assert all(" ± 0." in rows[f"inside an image, {name} (en)"] for name in likeness)
+
+
 def test_leave_one_out_of_equal_and_of_different_captions():
     same, other = ["a", "b", "c", "d", "e"], ["v", "w", "x", "y", "z"]
     first, second, third = leave_one_out_bleu4([[same, same], [same, other], [same, same, other]])

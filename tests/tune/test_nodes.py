@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import toy_engine
+from PIL import Image
 from s3_server import s3_server
 from several_nodes import several_nodes
 from simulation import settings, simulate
@@ -108,6 +110,68 @@ def test_a_node_without_the_run_folder_is_named_and_the_remedy_too(nodes, seclud
     code, said = ended(drive(nodes, plan(), secluded / "unseen"))
     assert code == 1
     assert f"does not see run.dir={secluded / 'unseen'}" in said and "run.storage" in said and said.count("node ") >= 2
+
+
+PREPARE = """
+import json, sys, time
+from pathlib import Path
+from raycap.cli import main
+from raycap.cluster import connect
+from raycap.data.stream import run_units
+from raycap.data.units import Work, run_units as results_of
+from raycap.pipeline import tools
+
+class Where(Work):
+    kind = "where"
+    def work(self, unit):
+        import ray
+        time.sleep(0.3)
+        return {"node": ray.get_runtime_context().get_node_id()}
+
+tools.PARALLEL_ROWS = 0
+places = {}
+with connect():
+    for out in sys.argv[2:]:
+        assert main(["prepare", sys.argv[1], "--out", out, "--plain", "data.rows_per_shard=20"]) == 0
+        units = [{"number": str(n), "rows": 1} for n in range(12)]
+        (look := Path(out) / ".look").mkdir()
+        places[out] = sorted({one["node"] for one in results_of(Where(look), units, run_units, None, "")})
+print(json.dumps(places))
+"""
+
+
+@pytest.mark.ray
+def test_prepare_over_nodes_writes_the_bytes_of_one_process(nodes, secluded, tmp_path):
+    """Into a folder that all nodes see, named relative to the driver's; and into one that the driver's alone sees."""
+    from raycap.data.shards import prepare
+
+    source = tmp_path / "set"
+    (source / "images").mkdir(parents=True)
+    chance, lines = np.random.default_rng(0), []
+    for n in range(280):  # two pieces to check, fourteen to write
+        picture = Image.fromarray(chance.integers(0, 255, (12, 16, 3), dtype=np.uint8))
+        picture.save(source / "images" / f"{n}.png")
+        split = {0: "val", 1: "test"}.get(n % 10, "train")
+        lines.append(json.dumps({"image": f"{n}.png", "captions": [f"thing {n}"], "split": split}))
+    (source / "captions.jsonl").write_text("\n".join(lines))
+    prepare(from_dict({"data": {"source": str(source), "rows_per_shard": 20}}), tmp_path / "here")
+
+    def contents(folder: Path) -> dict[str, bytes]:
+        return {f.name: f.read_bytes() for f in folder.iterdir() if not f.name.startswith(".")}
+
+    outs = ["shards", *([str(secluded / "shards")] if nodes.hidden else [])]
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE, str(source), *outs], capture_output=True, text=True, timeout=240, cwd=tmp_path,
+        env=nodes.environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    places = json.loads(done.stdout.strip().splitlines()[-1])
+    for out in outs:
+        assert contents(tmp_path / out) == contents(tmp_path / "here"), out
+    assert len(contents(tmp_path / "here")) >= 16 and len(places["shards"]) > 1
+    if nodes.hidden:
+        assert len(places[outs[1]]) == 1
+        assert "`prepare` works on 1 of 3 nodes" in done.stderr and "that all nodes of the cluster share" in done.stderr
 
 
 @pytest.mark.ray
