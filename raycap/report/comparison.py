@@ -156,7 +156,9 @@ def _scores(runs: Sequence[Run], names: Sequence[str], found: Mapping[str, Any])
                 cells += f"<td>{number(score.get('score'))}</td>"
         stored = _weights(run).get(variant)
         mark = ' class="win"' if variant == found["variant"] else ""
-        rows.append(f"<tr{mark}>{named(names[n], variant)}{cells}<td>{size(stored) if stored else ''}</td></tr>")
+        rows.append(
+            f"<tr{mark}>{named(names[n], variant, keep=True)}{cells}<td>{size(stored) if stored else ''}</td></tr>"
+        )
     note = f"As each run stored them on {escape(split)}; every split, variant and metric is in metrics.csv."
     note += " Scores of another signature are left out here." if apart else ""
     return f'<p class="note">{note}</p>{scrolled(head, rows)}'

@@ -63,7 +63,7 @@ background:var(--panel);color:var(--muted)}
 .pill.bad{background:var(--bad-soft);color:var(--bad)}
 .pill.warn{background:var(--warn-soft);color:var(--warn)}
 .pill.win{background:var(--accent);color:var(--bg)}
-tbody th small{display:block;font-size:.78rem;font-weight:400;color:var(--muted);white-space:normal;max-width:12.5rem}
+tbody th small{display:block;font-size:.78rem;font-weight:400;color:var(--muted);white-space:normal;max-width:18rem}
 td.note{max-width:none;margin:0;white-space:normal;min-width:14.5rem;color:var(--muted);font-size:.85rem}
 .nb{white-space:nowrap}
 .se{color:var(--muted);font-size:.85em}
@@ -119,7 +119,8 @@ footer{color:var(--muted);font-size:.85rem;padding-top:40px;padding-bottom:48px}
 padding-right:16px}header{padding-top:26px}h1{font-size:1.5rem}
 .lead{font-size:1.1rem}h2{margin-top:40px}th,td{padding:6px 9px}.facts{grid-template-columns:1fr 1fr}
 .facts dd{font-size:1.1rem}.facts div:last-child:nth-child(odd){grid-column:1/-1}
-tbody th{white-space:normal;min-width:6rem}tbody th small{display:none}.meter{width:44px;margin-right:7px}.tall{max-height:30rem}}
+tbody th{white-space:normal;min-width:6rem}tbody th small:not(.keep){display:none}
+.meter{width:44px;margin-right:7px}.tall{max-height:30rem}}
 @media print{.tall{max-height:none}nav{display:none}.scroll{overflow:visible}.card,figure,tr{break-inside:avoid}}
 """
 

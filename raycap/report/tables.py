@@ -56,8 +56,11 @@ def scores(data: ReportData) -> str:
                 cells += f"<td>{size(data.weights_bytes[variant]) if variant in data.weights_bytes else ''}</td>"
             mark = ' class="win"' if variant == top_score(data)[0] and split == "test" else ""
             fallen = (data.collapse.get(variant) or {}) if split == "test" and variant != "constant" else {}
-            tag = f" {_collapsed(fallen)}" if fallen.get("collapsed") else ""
-            rows.append(f"<tr{mark}>{named(variant, VARIANT_NOTES.get(variant, ''), tag)}{cells}</tr>")
+            tag, what = "", VARIANT_NOTES.get(variant, "")
+            if fallen.get("collapsed"):
+                pill, sign = _collapsed(fallen)
+                tag, what = f" {pill}", "; ".join(filter(None, [what, sign]))
+            rows.append(f"<tr{mark}>{named(variant, what, tag)}{cells}</tr>")
         images = next((v["images"] for v in verdicts.values() if v.get("images")), None)
         images = images or (data.data.get("counts") or {}).get(split)
         title = f"{escape(split)}{f', {images:,} images' if images else ''}"
@@ -131,9 +134,7 @@ def trials(data: ReportData) -> str:
     if len(data.separation.get("together") or ()) > 1:
         note += " The bar at the left marks the trials that cannot be told apart from the best."
     if collapsed:
-        note += (
-            f" {collapsed} collapsed, whatever the score says: the mark names the sign that told, the first of several."
-        )
+        note += f" {collapsed} collapsed, whatever the score says; the note has the first sign of it."
     tall = " tall" if len(rows) > 20 else ""
     return f'<p class="note">{note}</p>' + scrolled(head, rows, f"sortable{tall}")
 
@@ -143,7 +144,7 @@ def _trial_row(data: ReportData, t: Mapping[str, Any], top: float, weighed: bool
     together = bool(t.get("not_separable")) or t["trial_id"] in (data.separation.get("together") or ())
     pill = f'<span class="pill {STATE_LOOK.get(t["state"], "")}">{escape(t["state"])}</span>'
     collapse = t.get("collapse") or {}
-    notes = []
+    notes, said = [], []
     if best:
         notes.append('<span class="pill win">winner</span>')
     elif together:
@@ -151,13 +152,16 @@ def _trial_row(data: ReportData, t: Mapping[str, Any], top: float, weighed: bool
         told = f" (max-T p {number(p)})" if _finite(p) else ""
         notes.append(f'<span class="pill near">not separable from the best{told}</span>')
     if t["trial_id"] == "default":
-        notes.append("the preset's own settings, never pruned")
+        said.append("the preset's own settings, never pruned")
     if t["trial_id"] == data.worst_trial and len(data.trials) > 1:
         notes.append('<span class="pill">worst</span>')
     if collapse.get("collapsed"):
-        notes.append(_collapsed(collapse))
-    if t.get("reason"):
-        notes.append(f'<span title="{escape(t["reason"], quote=True)}">{escape(_short(t["reason"]))}</span>')
+        pill, sign = _collapsed(collapse)
+        notes.append(pill)
+        said.append(escape(sign))
+    if short := _short(t.get("reason") or ""):
+        said.append(f'<span title="{escape(t["reason"], quote=True)}">{escape(short)}</span>')
+    notes.append("; ".join(filter(None, said)))
     cider = "–"
     if _finite(t.get("cider")):
         se = f' <span class="se">± {number(t["cider_se"])}</span>' if _finite(t.get("cider_se")) else ""
@@ -186,12 +190,12 @@ def _trial_row(data: ReportData, t: Mapping[str, Any], top: float, weighed: bool
     )
 
 
-def _collapsed(collapse: Mapping[str, Any]) -> str:
-    """A mark with the first sign that told; all of them where the pointer rests."""
+def _collapsed(collapse: Mapping[str, Any]) -> tuple[str, str]:
+    """(A mark that names all signs where the pointer rests, the first sign and how many there are more)."""
     signs = [str(sign) for sign in collapse.get("reasons") or ()]
-    told = f": {escape(signs[0])}" if signs else ""
-    more = f" (+{len(signs) - 1})" if len(signs) > 1 else ""
-    return f'<span class="pill warn" title="{escape("; ".join(signs), quote=True)}">collapsed{told}{more}</span>'
+    more = f" (and {len(signs) - 1} more sign{'s' if len(signs) > 2 else ''})" if len(signs) > 1 else ""
+    pill = f'<span class="pill warn" title="{escape("; ".join(signs), quote=True)}">collapsed</span>'
+    return pill, f"{signs[0]}{more}" if signs else ""
 
 
 def _short(reason: str) -> str:
@@ -206,8 +210,10 @@ def _short(reason: str) -> str:
     return "; ".join(told)
 
 
-def named(name: str, note: str, tag: str = "") -> str:
-    return f'<th scope="row">{escape(name)}{tag}<small>{escape(note)}</small></th>'
+def named(name: str, note: str, tag: str = "", *, keep: bool = False) -> str:
+    """A row's head; its note is left out on a phone, unless `keep`."""
+    look = ' class="keep"' if keep else ""
+    return f'<th scope="row">{escape(name)}{tag}<small{look}>{escape(note)}</small></th>'
 
 
 def scrolled(head: str, rows: Sequence[str], look: str = "") -> str:
