@@ -28,14 +28,16 @@ PREFERRED = ("served", "merged", "adapter", "merged-nf4")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders, the one to compare with first")
-    parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="default: %(default)s")
     parser.add_argument("--variant", help="which captions; default: the furthest on the way to served that all have")
     parser.add_argument(
         "--metric", default="cider", choices=("cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor"),
         help="default: %(default)s; meteor is compared by the mean of its segments",
     )  # fmt: skip
-    parser.add_argument("--resamples", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--resamples", metavar="N", type=int, default=10_000, help="of the bootstrap (default: %(default)s)"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the bootstrap (default: %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="write a report, metrics.csv and plots there")
     add_json(parser)
 

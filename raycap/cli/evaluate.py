@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="RUN|MODEL", help="a run folder, or a model folder in the hub's layout")
     add_settings(parser)
     parser.add_argument("--variant", choices=VARIANTS, help="which model of a run; default: the one it promoted")
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default: %(default)s")
     parser.add_argument("--out", metavar="FOLDER", help="write predictions and metrics there too")
     parser.add_argument(
         "--also",

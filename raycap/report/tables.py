@@ -156,8 +156,8 @@ def _trial_row(data: ReportData, t: Mapping[str, Any], top: float, weighed: bool
     if t["trial_id"] == data.worst_trial and len(data.trials) > 1:
         notes.append('<span class="pill">worst</span>')
     if collapse.get("collapsed"):
-        pill, sign = _collapsed(collapse)
-        notes.append(pill)
+        mark, sign = _collapsed(collapse)
+        notes.append(mark)
         said.append(escape(sign))
     if short := _short(t.get("reason") or ""):
         said.append(f'<span title="{escape(t["reason"], quote=True)}">{escape(short)}</span>')
