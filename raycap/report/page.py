@@ -64,7 +64,7 @@ background:var(--panel);color:var(--muted)}
 .pill.warn{background:var(--warn-soft);color:var(--warn)}
 .pill.win{background:var(--accent);color:var(--bg)}
 tbody th small{display:block;font-size:.78rem;font-weight:400;color:var(--muted);white-space:normal;max-width:18rem}
-td.note{max-width:none;margin:0;white-space:normal;min-width:14.5rem;color:var(--muted);font-size:.85rem}
+td.note{max-width:none;margin:0;white-space:normal;min-width:16rem;color:var(--muted);font-size:.85rem}
 .nb{white-space:nowrap}
 .se{color:var(--muted);font-size:.85em}
 span.se.below{display:block;line-height:1.3}

@@ -134,7 +134,9 @@ def trials(data: ReportData) -> str:
     if len(data.separation.get("together") or ()) > 1:
         note += " The bar at the left marks the trials that cannot be told apart from the best."
     if collapsed:
-        note += f" {collapsed} collapsed, whatever the score says; the note has the first sign of it."
+        note += (
+            f" {collapsed} collapsed, whatever the score says: the note has the first sign and the number of others."
+        )
     tall = " tall" if len(rows) > 20 else ""
     return f'<p class="note">{note}</p>' + scrolled(head, rows, f"sortable{tall}")
 
@@ -193,7 +195,7 @@ def _trial_row(data: ReportData, t: Mapping[str, Any], top: float, weighed: bool
 def _collapsed(collapse: Mapping[str, Any]) -> tuple[str, str]:
     """(A mark that names all signs where the pointer rests, the first sign and how many there are more)."""
     signs = [str(sign) for sign in collapse.get("reasons") or ()]
-    more = f" (and {len(signs) - 1} more sign{'s' if len(signs) > 2 else ''})" if len(signs) > 1 else ""
+    more = f" (+{len(signs) - 1})" if len(signs) > 1 else ""
     pill = f'<span class="pill warn" title="{escape("; ".join(signs), quote=True)}">collapsed</span>'
     return pill, f"{signs[0]}{more}" if signs else ""
 

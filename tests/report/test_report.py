@@ -72,7 +72,7 @@ def test_every_number_of_the_tables_is_on_the_page(report, run_folder, trials):
     for key in ("adapter", "merged", "merged_dequantised", "merged_nf4"):
         assert f"{run.gate[key]:.4f}" in text
     assert "+3.85%" in text and "+0.77%" in text and "+0.901" in text and "[0.800, 1.000]" in text
-    for expected in ("winner", "worst", "47% repeat themselves (and 1 more sign)", "3.00 GiB", "cider|served",
+    for expected in ("winner", "worst", "47% repeat themselves (+1)", "3.00 GiB", "cider|served",
                      "raycap sweep shapes-git train.steps=90", "d" * 64, "e" * 64):  # fmt: skip
         assert expected in text, expected
 

@@ -46,7 +46,7 @@ def test_a_note_says_what_the_marks_beside_it_do_not(run_folder):
     page = text_of(render(dataclasses.replace(data, trials=[t01, t03, *many])))
     assert "place 2 of 3 that cannot win at step 111; cannot win: alone it would take 4.00 GB" in page
     assert "its captions have" not in page and "t02 stopped" in page
-    assert "collapsed 47% repeat themselves (and 1 more sign); place 5 of 12 at step 10 " in page
+    assert "collapsed 47% repeat themselves (+1); place 5 of 12 at step 10 " in page
     assert "1 collapsed, whatever the score says" in page
 
 
