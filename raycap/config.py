@@ -190,6 +190,13 @@ def check(config: Config) -> None:
             raise ConfigError(f"{alone} cannot train a part in full beside the adapter: leave lora.full out")
         if c.tune.memory_limit_bytes:
             raise ConfigError(f"{alone}: what it takes is not predicted, so tune.memory_limit_bytes must be 0")
+    _positive("lora.prompt_tokens", c.lora.prompt_tokens)
+    if c.lora.prompt_tokens != _LORA.prompt_tokens and "prompt" not in _variants(c):
+        raise ConfigError(f"lora.prompt_tokens={c.lora.prompt_tokens} has no effect with lora.variant={c.lora.variant}")
+    if c.lora.variant == "prompt":
+        for name in ("layers", "scope", "dropout", "rslora"):
+            if getattr(c.lora, name) != getattr(_LORA, name):
+                raise ConfigError(f"lora.{name}={getattr(c.lora, name)} has no effect with lora.variant=prompt")
     if not c.lora.targets:
         raise ConfigError("lora.targets is empty: no module would get an adapter")
     if c.train.warmup_steps and c.train.warmup_ratio:
@@ -263,15 +270,20 @@ def check(config: Config) -> None:
 
 def trains_alone(config: Config) -> str:
     """The setting for which trials cannot be packed, as `key=value`; empty where they can."""
-    space = config.tune.space.get("lora.variant") or {}
-    choices = space.get("choice", ()) if isinstance(space, Mapping) else ()
-    for variant in (config.lora.variant, *choices):
+    for variant in _variants(config):
         if variant != "lora":
             return f"lora.variant={variant}"
     return "" if config.train.optimiser == "adamw" else f"train.optimiser={config.train.optimiser}"
 
 
-_GREEDY = DecodeSettings()
+def _variants(config: Config) -> list[str]:
+    """Kinds of adapters that trials may have."""
+    space = config.tune.space.get("lora.variant") or {}
+    choices = space.get("choice", ()) if isinstance(space, Mapping) else ()
+    return [config.lora.variant, *map(str, choices)]
+
+
+_GREEDY, _LORA = DecodeSettings(), LoraSettings()
 
 
 def check_decode(decode: DecodeSettings, where: str = "decode") -> None:

@@ -121,9 +121,11 @@ class LoraSettings:
     """Language layers that get adapters: `top6` are the six nearest the head; empty: all."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r (rsLoRA)."""
-    variant: Literal["lora", "dora"] = "lora"
-    """dora: each row of an adapted weight has a length of its own, learnt beside its direction; trains with
-    tune.slots=1, through peft."""
+    variant: Literal["lora", "dora", "prompt"] = "lora"
+    """dora: each row of an adapted weight has a length of its own, learnt beside its direction. prompt: `prompt_tokens`
+    vectors before every text are learnt, and no weight changes. Both train with tune.slots=1."""
+    prompt_tokens: int = 20
+    """Virtual tokens of lora.variant=prompt."""
     init_from: str = ""
     """A PEFT adapter that every trial begins with, of the same rank, alpha and targets; empty begins anew."""
     scope: str = "language"

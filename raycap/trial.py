@@ -13,7 +13,7 @@ from raycap.errors import ConfigError, did_you_mean
 
 SWEEPABLE = (
     "lora.r", "lora.alpha", "lora.alpha_per_rank", "lora.dropout", "lora.targets", "lora.layers", "lora.rslora",
-    "lora.scope", "lora.full", "lora.variant",
+    "lora.scope", "lora.full", "lora.variant", "lora.prompt_tokens",
     "train.lr", "train.schedule", "train.warmup_steps", "train.warmup_ratio", "train.weight_decay",
     "train.beta1", "train.beta2", "train.max_grad_norm", "data.captions",
 )  # fmt: skip
@@ -52,6 +52,8 @@ class TrialSpec:
     """lora.full: which parts are trained in full."""
     variant: str = "lora"
     """lora.variant: the kind of adapter."""
+    prompt_tokens: int = 0
+    """lora.prompt_tokens, where the adapter is a prompt."""
 
     @property
     def scale(self) -> float:
@@ -128,4 +130,5 @@ def trial_spec(
         scope=c.lora.scope,
         full=c.lora.full,
         variant=c.lora.variant,
+        prompt_tokens=c.lora.prompt_tokens if c.lora.variant == "prompt" else 0,
     )

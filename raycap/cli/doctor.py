@@ -195,6 +195,7 @@ def _families() -> dict[str, dict[str, Any]]:
         found[name] = {
             "scopes": scopes,
             "packed": [s for s in scopes if s != "vision" or family.packs_vision],
+            "prompt": family.prompt_tuning,
             "settings": [f"model.{s}" for s in sorted(family.uses)],
             "tiny": [t for t in TWINS if t.partition(":")[0] == name],
         }
@@ -207,5 +208,6 @@ def _family_line(family: dict[str, Any]) -> str:
     alone = [s for s in family["scopes"] if s not in family["packed"]]
     line = f"adapters in {', '.join(family['scopes'])}"
     line += f" ({', '.join(alone)} with tune.slots=1)" if alone else ""
+    line += "; prompt tuning" if family["prompt"] else ""
     line += "; projector in full" if "projector" in family["scopes"] else ""
     return line + (f"; {', '.join(family['settings'])}" if family["settings"] else "")

@@ -62,10 +62,14 @@ def merge(base: ModelSettings, data: DataSettings, adapter: Path, out: Path, ont
 
 
 def check_adapter(adapter: Path) -> None:
-    """ModelError unless `adapter` is a folder in PEFT's format."""
+    """ModelError unless `adapter` is a folder in PEFT's format whose adapter changes weights."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
             raise ModelError(f"{adapter} is no PEFT adapter: {name} is missing")
+    from raycap.models.prompt import is_prompt
+
+    if is_prompt(adapter):
+        raise ModelError(f"{adapter} is prompt tuning, which cannot be merged: what it learnt is input and no weight")
 
 
 def storage_dtype(base: ModelSettings, cm: CaptionModel) -> torch.dtype:

@@ -59,6 +59,7 @@ def load_base(config: Config, *, adapter: Path | str | None = None) -> Captioner
     import torch
 
     from raycap.models import load_model
+    from raycap.models.prompt import apply_prompt, is_prompt
 
     dtype = None if torch.cuda.is_available() else "fp32"
     model = load_model(config.model, config.data, compute_dtype=dtype, lang=config.evaluate.lang)
@@ -67,7 +68,10 @@ def load_base(config: Config, *, adapter: Path | str | None = None) -> Captioner
 
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise ModelError(f"{adapter} is no adapter: it has no adapter_config.json")
-        PeftModel.from_pretrained(model.model, str(adapter))  # puts its modules into model.model in place
+        if is_prompt(adapter):
+            apply_prompt(model, adapter)
+        else:
+            PeftModel.from_pretrained(model.model, str(adapter))  # puts its modules into model.model in place
     model.model.eval()
     return Captioner(model, config)
 
@@ -100,6 +104,7 @@ def export_stage(
     from raycap.export.card import CardFacts
     from raycap.export.folder import read_manifest
     from raycap.export.gate import run_gate
+    from raycap.models.prompt import is_prompt
 
     if threads:
         torch.set_num_threads(threads)
@@ -134,6 +139,12 @@ def export_stage(
     if worst and worst_ids:
         captions["test"]["worst"] = caption_split(load_base(config, adapter=worst), shards, "test", worst_ids)
     timed("adapter", began)
+    if is_prompt(adapter):
+        refused = (
+            "prompt tuning cannot be merged: what it learnt is input and no weight, so that there is no model to promote and "
+            f"nothing is served. best/adapter holds it, for plain peft on {config.model.path}."
+        )
+        return {"captions": captions, "gate": {}, "refused": refused, "seconds": seconds, "memory": {}}
 
     def score(model_folder: Path, variant: str) -> float:
         found = caption_split(Captioner.load(config, model_folder), shards, "val")

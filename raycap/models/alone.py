@@ -1,4 +1,4 @@
-"""One adapter on one base, applied by peft's own modules: kinds that cannot be stacked (DoRA), and LoRA beside them.
+"""One adapter on one base: kinds that cannot be stacked, and LoRA beside them. LoRA and DoRA are peft's own modules.
 
 It has the interface of raycap.models.stacked.Stacks, for one slot. Shapes: r rank, I inputs, O outputs of a linear, P all
 parameters of the slot, which are one row of a tensor [1, P] here too: each parameter of peft's is a view of it.
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from raycap.models.base import Family
 from raycap.models.dropout import KeyedDropout, Keys
+from raycap.models.prompt import PROMPT, SoftPrompt, put_prompt
 from raycap.models.stacked import KINDS, Weights
 from raycap.trial import TrialSpec
 
@@ -29,13 +31,20 @@ class AloneStack:
     """
 
     def __init__(
-        self, model: nn.Module, keys: Keys, *, compute_dtype: torch.dtype, device: torch.device, moments: bool = True
+        self,
+        model: nn.Module,
+        keys: Keys,
+        family: Family,
+        *,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+        moments: bool = True,
     ):
-        self.model, self.keys, self.device, self.moments = model, keys, device, moments
+        self.model, self.keys, self.family, self.device, self.moments = model, keys, family, device, moments
         self.dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
         self.full: set[str] = set()
         self.layers: dict[str, Any] = {}
-        """peft's layer by the path of the linear that it is around."""
+        """peft's layer by the path of the linear that it is around, or a prompt by that of the word embeddings."""
         self.parameters: dict[str, list[nn.Parameter]] = {}
         self._clear()
 
@@ -48,6 +57,8 @@ class AloneStack:
         for path, layer in self.layers.items():
             parent, _, leaf = path.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, layer.base_layer)
+            if isinstance(layer, SoftPrompt):
+                layer.enable_adapters(False)
         self.layers = {}
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
@@ -83,7 +94,11 @@ class AloneStack:
             self.m, self.v = (self._row(slot.get(kind) or {}) for kind in ("m", "v"))
 
     def _inject(self, spec: TrialSpec, paths: list[str]) -> dict[str, list[tuple[nn.Module, nn.Parameter]]]:
-        """Let peft wrap the linears; the parameters of each with the modules that own them, in the order of Weights."""
+        """Put the adapter's modules in; the parameters of each with those that own them, in the order of Weights."""
+        if spec.variant == "prompt":
+            path, prompt = put_prompt(self.model, self.family, spec.prompt_tokens)
+            self.layers[path] = prompt
+            return {PROMPT: [(prompt.soft, prompt.soft.weight)]}
         from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(

@@ -72,6 +72,8 @@ class Family(ABC):
     """File beside an adapter for modules that are trained in full; empty: in the adapter itself, as peft keeps them."""
     one_placeholder = False
     """Whether `head` holds one token that stands for the image."""
+    prompt_tuning = False
+    """Whether plain peft captions with a learnt prompt as raycap does (tested for each family that says so)."""
     packs_vision = True
     """Whether several slots can train an adapter in the tower together."""
 

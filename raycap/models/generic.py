@@ -18,7 +18,7 @@ PROJECTORS = ("multi_modal_projector", "connector")
 
 class Generic(Family):
     name = "generic"
-    stores_projected = one_placeholder = True
+    stores_projected = one_placeholder = prompt_tuning = True
 
     def skip_modules(self, config):
         return ["lm_head", *(f"model.{name}" for name in (*TOWERS, *PROJECTORS))]

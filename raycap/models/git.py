@@ -17,6 +17,7 @@ from raycap.models.base import Family, LabelLogits, float_dtype, generate_option
 
 class Git(Family):
     name = "git"
+    prompt_tuning = True
 
     # --- parts --------------------------------------------------------------------------------------------------------
 

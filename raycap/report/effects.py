@@ -15,7 +15,7 @@ SETTINGS = {
     "lr": "learning rate", "rank": "rank", "alpha": "alpha", "scale": "scale (alpha / rank)", "dropout": "dropout",
     "targets": "targets", "captions": "captions", "layers": "layers", "schedule": "schedule", "rslora": "rsLoRA",
     "warmup_steps": "warm-up steps", "weight_decay": "weight decay", "beta1": "beta1", "beta2": "beta2",
-    "max_grad_norm": "gradient clip", "variant": "kind of adapter",
+    "max_grad_norm": "gradient clip", "variant": "kind of adapter", "prompt_tokens": "virtual tokens",
 }  # fmt: skip
 """Key of a trial -> what a figure calls it."""
 SWEPT = {"lora.r": "rank", "lora.alpha_per_rank": "scale", "train.warmup_ratio": "warmup_steps"}

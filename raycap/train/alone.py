@@ -1,5 +1,4 @@
-"""The engine of a pack of one whose adapter or optimiser cannot be stacked: DoRA and 8-bit AdamW, through peft and
-bitsandbytes.
+"""The engine of a pack of one whose adapter or optimiser cannot be stacked: DoRA, prompt tuning, 8-bit AdamW.
 
 Loss, keyed dropout, sample order, schedule, clipping, validation and checkpoints are those of every pack. One trial at a
 time is in it; the next one begins when it has left.
@@ -12,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from raycap.config import Config, trains_alone
-from raycap.errors import ModelError
+from raycap.errors import ConfigError, ModelError
 from raycap.models.alone import AloneStack
 from raycap.models.lora import Weights
+from raycap.models.prompt import PROMPT, export_prompt, import_prompt, start_prompt
 from raycap.train.engine import PackEngine, Slot
 from raycap.train.lanes import Lanes
 from raycap.train.optim import StackedAdamW
@@ -28,7 +28,7 @@ def engine_class(config: Config) -> type[PackEngine]:
 
 
 class AloneEngine(PackEngine):
-    """PackEngine for one slot, whose adapter is peft's own module."""
+    """PackEngine for one slot, whose adapter is applied by raycap.models.alone."""
 
     def _make_lanes(self) -> Lanes:
         return Lanes()  # peft's parameters add their gradients up in one place
@@ -36,7 +36,9 @@ class AloneEngine(PackEngine):
     def _make_stacks(self) -> AloneStack:
         cm = self.cm
         moments = self.config.train.optimiser == "adamw"
-        return AloneStack(cm.model, self.keys, compute_dtype=cm.compute_dtype, device=cm.device, moments=moments)
+        return AloneStack(
+            cm.model, self.keys, cm.family, compute_dtype=cm.compute_dtype, device=cm.device, moments=moments
+        )
 
     def _make_optimiser(self, slots: list[Slot]) -> StackedAdamW | PagedAdamW8bit:
         if self.config.train.optimiser == "adamw":
@@ -58,7 +60,44 @@ class AloneEngine(PackEngine):
         super().admit(spec, state, adapter=adapter)
         self._stack([spec.trial_id])
 
+    def _targets(self, spec: TrialSpec) -> list[str]:
+        if spec.variant != "prompt":
+            return super()._targets(spec)
+        positions = self.cm.family.max_positions(self.cm.model)
+        text = max(self.cm.max_text_tokens, self.config.decode.max_new_tokens + 1)
+        if positions is not None and text + spec.prompt_tokens > positions:
+            raise ConfigError(
+                f"lora.prompt_tokens={spec.prompt_tokens} before texts of {text} tokens: {self.cm.path} has {positions} text "
+                "positions. Lower it, data.max_text_tokens or decode.max_new_tokens"
+            )
+        return [PROMPT]
+
+    def _start(self, spec: TrialSpec, targets: list[str]) -> Weights:
+        if spec.variant != "prompt":
+            return super()._start(spec, targets)
+        words = self.cm.model.get_input_embeddings().weight
+        return {PROMPT: (start_prompt(spec, words, self.stacks.dtype),)}
+
+    def _read(self, spec: TrialSpec, targets: list[str], folder: Path | str) -> Weights:
+        if spec.variant != "prompt":
+            return super()._read(spec, targets, folder)
+        weights = {PROMPT: (import_prompt(Path(folder).expanduser()),)}
+        self._check_fits(spec, targets, weights)
+        return weights
+
+    def export(self, trial_id: str, folder: Path | str, which: str = "best") -> Path:
+        if self._slot(trial_id).spec.variant != "prompt":
+            return super().export(trial_id, folder, which)
+        (vectors,) = self._kept(trial_id, which)[PROMPT]
+        return export_prompt(folder, vectors, self.config.model.path, self.cm.family.task_type)
+
     def _check_fits(self, spec: TrialSpec, targets: list[str], weights: Weights) -> None:
+        if spec.variant == "prompt":
+            wanted = [spec.prompt_tokens, self.cm.model.get_input_embeddings().weight.shape[1]]
+            found = {path: [list(t.shape) for t in tensors] for path, tensors in weights.items()}
+            if found != {PROMPT: [wanted]}:
+                raise ModelError(f"trial {spec.trial_id}: weights of {found}, expected a prompt of {wanted}")
+            return
         pairs = {path: tensors[:2] for path, tensors in weights.items()}
         super()._check_fits(spec, targets, pairs)
         wanted = 3 if spec.variant == "dora" else 2

@@ -162,7 +162,7 @@ class PackEngine:
                 trained = [*targets, *self.full] if spec.full else targets
                 value = {**self._full_start(), **self._read(spec, trained, adapter)}
             else:
-                value = {**start(spec, {t: self.shapes[t] for t in targets}, self.stacks.dtype), **self._full_start()}
+                value = {**self._start(spec, targets), **self._full_start()}
             targets = [*targets, *self.full]
             slot = Slot(spec, targets, {"value": value, "m": {}, "v": {}})
             slot.loss_scale = LossScale(FIRST_LOSS_SCALE if self.scaled else 1.0)
@@ -174,6 +174,10 @@ class PackEngine:
             slot.best_score = -math.inf if state["best_score"] is None else state["best_score"]
             slot.loss_scale = LossScale(**state["loss_scale"])
         self.slots[spec.trial_id] = slot
+
+    def _start(self, spec: TrialSpec, targets: list[str]) -> Weights:
+        """What the trial begins with at `targets`."""
+        return start(spec, {t: self.shapes[t] for t in targets}, self.stacks.dtype)
 
     def admit_adapter(self, spec: TrialSpec, folder: Path | str) -> None:
         """Give a trial a slot that begins with the PEFT adapter in `folder` and fresh moments."""
@@ -486,10 +490,7 @@ class PackEngine:
         Raises:
             RunError: the slot was never scored, so that there is no best.
         """
-        slot = self._slot(trial_id)
-        if which == "best" and slot.best is None:
-            raise RunError(f"trial {trial_id} has no best adapter: it was never scored with a finite {self._selects}")
-        weights = slot.best if which == "best" else self._weights(trial_id)
+        slot, weights = self._slot(trial_id), self._kept(trial_id, which)
         full = self.full if slot.spec.full else []
         weights = {path: pair for path, pair in weights.items() if path in full or path not in self.full}
         if self.cm.family.full_file:  # such a folder is used by itself, with the tokeniser in it
@@ -498,6 +499,13 @@ class PackEngine:
             folder, weights, slot.spec, self.config.model.path, self.cm.family.task_type,
             full=full, full_file=self.cm.family.full_file,
         )  # fmt: skip
+
+    def _kept(self, trial_id: str, which: str) -> Weights:
+        """A slot's weights at its best rung, or as they are ("last")."""
+        slot = self._slot(trial_id)
+        if which == "best" and slot.best is None:
+            raise RunError(f"trial {trial_id} has no best adapter: it was never scored with a finite {self._selects}")
+        return slot.best if which == "best" else self._weights(trial_id)
 
     @property
     def _selects(self) -> str:
