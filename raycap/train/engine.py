@@ -90,6 +90,8 @@ class PackEngine:
         for path in [*self.linears, *self.full]:
             linear = cm.model.get_submodule(path)
             self.shapes[path] = (linear.in_features, linear.out_features)
+        self.linear_size = sum(i * o for i, o in self.shapes.values()) / max(1, len(self.shapes))
+        """Mean number of weights in an adapted linear."""
         key_base_dropout(cm.model, self.keys, on=config.train.base_dropout)
         if config.train.gradient_checkpointing:
             checkpoint_layers(cm)
@@ -289,7 +291,8 @@ class PackEngine:
         if not running:
             return {}
         self._stack(running)
-        found = self._step_stacked()
+        with self.lanes.threads(self.config.train.batch * len(running) * self.linear_size):
+            found = self._step_stacked()
         return {t: found[t] for t in running}
 
     def _step_stacked(self) -> dict[str, StepResult]:

@@ -7,19 +7,25 @@ added up in the lanes' order. So the result depends on how many lanes there are,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
-MIN_ROWS = 8
+MIN_ROWS = 16
 """Rows that a lane must have to be worth it: below, what an operation costs whatever its size is most of it.
 
-(One trial of 16 rows of the tiny GIT: 39 ms a step in two lanes, 49 on one thread, and 38 on two that share each
-operation, but 81 in two lanes and 273 on two such threads while something else wants the cores.)"""
+(One trial of 16 rows of the tiny GIT alone on two cores: 39 ms a step in two lanes, 49 in one. Inside a sweep 56 and 51:
+each lane slept a sixth of its time until Python was free, and waited an eighth for a core that Ray's processes had.)"""
 MAX_LANES = 4
 """Python runs one lane at a time between two operations, and each lane holds gradients of all slots."""
+
+SMALL_PRODUCTS = 1 << 20
+"""Multiply-adds that a linear does for one position of all rows, below which cores wait for each other longer than they
+work. (One trial of 16 rows on a width of 128 has half of it: 51 ms a step on one thread, 57 on two that share their
+cores with Ray's processes; a width of 768 has nine times of it.)"""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -60,6 +66,22 @@ class Lanes:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         return work(lane, item)
+
+    @contextmanager
+    def threads(self, products: float) -> Iterator[None]:
+        """For the block: this thread alone where there are lanes, but too little to do for two of them or for two cores.
+
+        Goes by the work and not by the clock, since the number of threads may change the last bits of a sum.
+        """
+        before = torch.get_num_threads()
+        alone = self.count > 1 and products < SMALL_PRODUCTS
+        if alone:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            if alone:
+                torch.set_num_threads(before)
 
     def close(self) -> None:
         if self._pool is not None:

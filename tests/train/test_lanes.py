@@ -100,6 +100,23 @@ def test_lanes_share_the_cores_of_those_without_work():
     lanes.close()
 
 
-def test_a_batch_of_one_trial_is_worth_two_lanes():
-    assert [Lanes(2, 1).worth(rows) for rows in (4, 15, 16, 64)] == [1, 1, 2, 2]
-    assert Lanes(4, 1).worth(16) == 2
+def test_rows_are_spread_over_as_many_lanes_as_are_worth_it():
+    assert [Lanes(2, 1).worth(rows) for rows in (4, 16, 31, 32, 64)] == [1, 1, 1, 2, 2]
+    assert Lanes(4, 1).worth(48) == 3
+
+
+def test_a_little_work_is_done_by_one_thread_and_the_others_come_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for lanes, products, threads in (
+            (Lanes(2, 1), 16 * 128 * 128, 1),
+            (Lanes(2, 1), 16 * 768 * 768, 2),
+            (Lanes(1, 2), 16 * 128 * 128, 2),  # one lane: a GPU, or a core of its own
+        ):
+            with pytest.raises(ZeroDivisionError), lanes.threads(products):
+                assert torch.get_num_threads() == threads
+                raise ZeroDivisionError
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
