@@ -211,8 +211,9 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
 
 
-def pack_resources(ray: ModuleType, packs: int, clients: int) -> dict[str, float]:
-    """What one pack asks for on this cluster: a CPU, and a GPU where there are any or an autoscaler brings some.
+def pack_resources(ray: ModuleType, packs: int, clients: int, workers: int = 1) -> dict[str, float]:
+    """What each of a pack's workers asks for on this cluster: a CPU, and a GPU where there are any or an autoscaler brings
+    some.
 
     Raises RunError for packs that can never all run, because Train would wait for ever. On a cluster that nodes may
     still join, that is only where its autoscaler says how much it can bring.
@@ -225,15 +226,17 @@ def pack_resources(ray: ModuleType, packs: int, clients: int) -> dict[str, float
         return want
     limit = {name: max(have.get(name, 0), most.get(name, 0)) for name in want}
     can = f"and its autoscaler brings it to {most.get('GPU', 0):g} at most" if most else "and no node can join it"
-    if want.get("GPU") and packs > limit["GPU"]:
-        raise RunError(
-            f"tune.packs={packs} asks for {packs} GPUs, the cluster has {have.get('GPU', 0):g} {can}. Lower tune.packs."
-        )
-    need = packs * PACK_CPUS + clients * CLIENT_CPUS + DATA_CPUS
+    asked, lower, each = f"tune.packs={packs}", "Lower tune.packs.", f"{packs} packs of {PACK_CPUS:g}"
+    if workers > 1:
+        asked, lower = f"{asked} x train.workers={workers}", "Lower train.workers or tune.packs."
+        each = f"{packs * workers} workers of packs, {PACK_CPUS:g} each"
+    if want.get("GPU") and packs * workers > limit["GPU"]:
+        raise RunError(f"{asked} asks for {packs * workers} GPUs, the cluster has {have.get('GPU', 0):g} {can}. {lower}")
+    need = packs * workers * PACK_CPUS + clients * CLIENT_CPUS + DATA_CPUS
     if need > limit["CPU"]:
         raise RunError(
-            f"the sweep needs {need:g} CPUs ({packs} packs of {PACK_CPUS:g}, {clients} trial clients of {CLIENT_CPUS}, "
-            f"{DATA_CPUS} for reading), the cluster has {have.get('CPU', 0):g}. Lower tune.packs."
+            f"the sweep needs {need:g} CPUs ({each}, {clients} trial clients of {CLIENT_CPUS}, "
+            f"{DATA_CPUS} for reading), the cluster has {have.get('CPU', 0):g}. {lower}"
         )
     return want
 
@@ -272,7 +275,8 @@ def beside_driver(ray: ModuleType, want: Mapping[str, float]) -> dict[str, str]:
 def _embedded_cpus(config: Config | None) -> int:
     """Logical CPUs of a private Ray: the machine's, and never fewer than the sweep's own processes book."""
     packs = config.tune.packs if config else 1
-    booked = packs * PACK_CPUS + packs * CLIENTS * CLIENT_CPUS + 2 * DATA_CPUS
+    workers = packs * config.train.workers if config else 1
+    booked = workers * PACK_CPUS + packs * CLIENTS * CLIENT_CPUS + 2 * DATA_CPUS
     return max(2, usable_cores(), int(-(-booked // 1)))
 
 

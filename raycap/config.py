@@ -159,6 +159,7 @@ def check(config: Config) -> None:
         "train.batch",
         "train.accumulation",
         "train.val_images",
+        "train.workers",
         "tune.trials",
         "tune.slots",
         "tune.packs",
@@ -209,6 +210,10 @@ def check(config: Config) -> None:
         raise ConfigError(f"train.warmup_steps={c.train.warmup_steps} leaves nothing of train.steps={c.train.steps}")
     if c.train.batch % c.train.accumulation:
         raise ConfigError(f"train.accumulation={c.train.accumulation} does not divide train.batch={c.train.batch}")
+    if c.train.workers > c.train.batch:
+        raise ConfigError(
+            f"train.workers={c.train.workers} leaves workers without a row of train.batch={c.train.batch}: lower train.workers"
+        )
     _check_splits(c.data.splits)
     if sorted(c.data.train_splits) not in (["train"], ["train", "val"]):
         raise ConfigError(

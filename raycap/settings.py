@@ -167,6 +167,8 @@ class TrainSettings:
     checkpoint_every_s: float = 30.0
     max_failures: int = 3
     """Deaths of a worker that are survived."""
+    workers: int = 1
+    """Workers, each with a GPU where there are any, that share the rows of every step of a pack."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

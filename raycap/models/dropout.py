@@ -75,6 +75,7 @@ class SharedKeys:
         self.slots = 0
         self.first_row = 0
         self.rows = 0
+        self.stride = 1
         self._slot_hashes: torch.Tensor | None = None
         self._lines: dict[tuple[int, ...], torch.Tensor] = {}
         self._columns: dict[tuple[str, int], torch.Tensor] = {}
@@ -84,14 +85,21 @@ class SharedKeys:
         return self._slot_hashes is not None
 
     def set(
-        self, seeds: Sequence[int], steps: Sequence[int], device: torch.device, first_row: int = 0, rows: int = 0
+        self,
+        seeds: Sequence[int],
+        steps: Sequence[int],
+        device: torch.device,
+        first_row: int = 0,
+        rows: int = 0,
+        stride: int = 1,
     ) -> None:
         """`seeds` and `steps` are those of the K slots; `first_row` is the row of the effective batch with which this
-        micro-batch begins, `rows` how many of a slot it has: some modules see rows and positions as one axis."""
+        micro-batch begins, every `stride`-th from there on is in it, `rows` how many of a slot it has: some modules see
+        rows and positions as one axis."""
         parts = torch.tensor([[s & _LOW, (s >> 32) & _LOW, n] for s, n in zip(seeds, steps)], dtype=torch.int64)
         low, high, step = parts.unbind(1)
         self._slot_hashes = mix(mix(mix(low ^ _GOLDEN) ^ high) ^ step).to(device)
-        self.slots, self.first_row, self.rows = len(parts), first_row, rows
+        self.slots, self.first_row, self.rows, self.stride = len(parts), first_row, rows, stride
         self._lines.clear()
 
     def clear(self) -> None:
@@ -116,7 +124,7 @@ class SharedKeys:
         key = tuple(shape)
         if key not in self._lines:
             device = self._slot_hashes.device
-            row = torch.arange(self.first_row, self.first_row + shape[0] // self.slots, device=device)
+            row = torch.arange(shape[0] // self.slots, device=device) * self.stride + self.first_row
             hashes = mix(self._slot_hashes[:, None] ^ mix(row + _GOLDEN)).flatten()
             for size in shape[1:]:  # axis by axis, so that no index depends on how long another axis is
                 hashes = mix(hashes[..., None] ^ mix((torch.arange(size, device=device) * _GOLDEN + 1) & _LOW))

@@ -117,7 +117,7 @@ class Stacks:
         self.specs, self.names, self._places, self.rank, self.half = [], [], {}, 0, 0
         self.full_width = 0
         """Of a slot's row, what holds the linears that are trained in full."""
-        self.value = self.m = self.v = self.grads = self._work = empty
+        self.value = self.m = self.v = self.grads = self._work = self.room = self.tail = empty
         self._work_grads: list[torch.Tensor] = []
         """Where backward adds up, a tensor [K, P] a lane."""
 
@@ -156,7 +156,10 @@ class Stacks:
                     down, up = self.views(getattr(self, kind), name)
                     down[k, : a.shape[0]] = a
                     up[k, :, : b.shape[1]] = b
-        self.grads = torch.zeros_like(self.value)
+        # Gradients, then a loss of each slot and one more number: workers of a pack add all of it up at once.
+        self.room = torch.zeros(self.value.numel() + len(specs) + 1, device=self.device, dtype=self.dtype)
+        self.grads = self.room[: self.value.numel()].view_as(self.value)
+        self.tail = self.room[self.value.numel() :]
         self._work = torch.zeros_like(self.value, dtype=self.compute_dtype)
         self._work_grads = [torch.zeros_like(self._work) for _ in range(self.lanes)]
         self.scale = self._column([s.scale for s in specs])

@@ -25,6 +25,7 @@ from raycap.models.dropout import Keys, SharedKeys, key_base_dropout
 from raycap.models.lora import Weights, export_adapter, import_adapter, start
 from raycap.models.stacked import KINDS, Stacks
 from raycap.train.features import Images
+from raycap.train.group import Group
 from raycap.train.lanes import Lanes, lanes_for
 from raycap.train.loss import slot_losses
 from raycap.train.optim import FIRST_LOSS_SCALE, LossScale, StackedAdamW
@@ -66,10 +67,13 @@ class Slot:
 
 
 class PackEngine:
-    """Trains, scores and exports adapter slots on one frozen base."""
+    """Trains, scores and exports adapter slots on one frozen base; on each worker of `group`, who make the same calls."""
 
-    def __init__(self, cm: CaptionModel, stores: Mapping[str, Store], config: Config, slots: int):
+    def __init__(
+        self, cm: CaptionModel, stores: Mapping[str, Store], config: Config, slots: int, group: Group | None = None
+    ):
         self.cm, self.stores, self.config, self.max_slots = cm, dict(stores), config, slots
+        self.group = group or Group()
         self.device = cm.device
         self.lanes = self._make_lanes()
         self.keys = Keys() if self.lanes.count > 1 else SharedKeys()
@@ -119,11 +123,13 @@ class PackEngine:
                 "makes of an image changes with every step. Leave it out"
             )
         self.samplers: dict[str, Sampler] = {}
-        self.micro = config.train.batch // config.train.accumulation
+        self.share = -(-config.train.batch // config.train.workers)
+        """Rows of an effective batch that are this worker's, at most."""
+        self.micro = min(config.train.batch // config.train.accumulation, self.share)
         """Rows of a slot computed at once; halved when memory runs out."""
         self.scaled = cm.compute_dtype == torch.float16
         self.padding = Padding()
-        self.validator = Validator(cm, self.images, config, self.lanes)
+        self.validator = Validator(cm, self.images, config, self.lanes, self.group)
 
     # What another kind of adapter does differently (raycap.train.alone).
     def _make_lanes(self) -> Lanes:
@@ -299,22 +305,28 @@ class PackEngine:
         slots = [self.slots[t] for t in self.stacked]
         drawn = [self.pairs(slot.spec.captions, slot.step) for slot in slots]
         batches = [self.bucketed(slot.spec.captions, pairs) for slot, pairs in zip(slots, drawn)]
-        self.padding.add(self.stores["train"], drawn, batches, self._cuts(len(batches[0]), len(slots)))
+        mine = [[self.group.share(pairs) for pairs in found] for found in (drawn, batches)]
+        self.padding.add(self.stores["train"], *mine, self._cuts(len(mine[0][0]), len(slots)))
         if not self.cm.model.training:  # asking every module costs a small step a twentieth
             self.cm.model.train()
         while True:
+            losses, why = None, ""
             try:
                 losses = self._gradients(slots, batches)
-                break
             except torch.OutOfMemoryError as error:
-                if self.micro == 1:
-                    raise RunError(
-                        f"out of memory with one row a slot and {len(slots)} slots. Lower tune.slots, lora.r or "
-                        "data.max_text_tokens."
-                    ) from error
-                # Keyed dropout and the token-exact loss make the repeated step the same step.
-                self.micro = math.ceil(self.micro / 2)
-                self.stacks.discard()
+                why = str(error)
+            # Workers decide together, also where memory ran out for one of them alone.
+            losses = self.group.add_step(self.stacks, losses)
+            if losses is not None:
+                break
+            if self.micro == 1:
+                raise RunError(
+                    f"out of memory with one row a slot and {len(slots)} slots. Lower tune.slots, lora.r or "
+                    f"data.max_text_tokens. {why}".rstrip()
+                )
+            # Keyed dropout and the token-exact loss make the repeated step the same step.
+            self.micro = math.ceil(self.micro / 2)
+            self.stacks.discard()
             torch.cuda.empty_cache()
         held = [k for k, slot in enumerate(slots) if self.full and not slot.spec.full]
         kept = self.stacks.hold_full(held)
@@ -373,7 +385,7 @@ class PackEngine:
     def images_at_once(self) -> int:
         """Images of a piece of a step when all slots train."""
         slots = self.max_slots
-        begin, end = self._cuts(self.config.train.batch, slots)[0][0]
+        begin, end = self._cuts(self.share, slots)[0][0]
         return (end - begin) * (1 if self.images.shared else slots)
 
     def _cuts(self, rows: int, slots: int) -> list[list[tuple[int, int]]]:
@@ -386,13 +398,16 @@ class PackEngine:
         return cuts
 
     def _gradients(self, slots: list[Slot], batches: list[np.ndarray]) -> torch.Tensor:
-        """Losses [K] of the slots' effective batches, samples [b, 2] each; leaves the gradients in the stacks."""
+        """What this worker's rows of the slots' effective batches, samples [b, 2] each, add to their losses [K]; leaves
+        the gradients in the stacks."""
         train = self.stores["train"]
         same_images = self.frozen_vision and all(np.array_equal(b[:, 0], batches[0][:, 0]) for b in batches[1:])
         shared = same_images and all(np.array_equal(b, batches[0]) for b in batches[1:])
         if shared:  # one copy of texts and images: every slot's rows are the same
             batches = batches[:1]
         counts = [float((train.token_lens(batch) - train.prompt_lens(batch)).sum()) for batch in batches]
+        batches = [self.group.share(batch) for batch in batches]
+        rank, workers = self.group.rank, self.group.size
         tokens = torch.tensor(counts, device=self.device, dtype=self.stacks.dtype).expand(len(slots))
         seeds, steps = [s.spec.seed for s in slots], [s.step for s in slots]
         scales = torch.tensor([s.loss_scale.value for s in slots], device=self.device) if self.scaled else None
@@ -403,7 +418,9 @@ class PackEngine:
             first, pairs, images = part
             text = self.validator.text(train, pairs, times=len(slots) if shared else 1)
             self.keys.lane = lane
-            self.keys.set(seeds, steps, self.device, first, len(text["labels"]) // len(slots))
+            self.keys.set(
+                seeds, steps, self.device, rank + first * workers, len(text["labels"]) // len(slots), workers
+            )
             try:
                 output = self.cm.family.label_logits(self.cm, text, images)
                 gradient, rows = output.logits.detach(), len(text["labels"]) // len(slots)

@@ -37,7 +37,7 @@ class Padding:
         cuts: Sequence[Sequence[tuple[int, int]]],
     ) -> None:
         """Take in one step: samples [b, 2] of every slot in both orders, and where the batch is cut into pieces."""
-        for pairs, name in ((bucketed, "computed"), (drawn, "computed_as_drawn")):
+        for pairs, name in ((drawn, "computed_as_drawn"), (bucketed, "computed")):
             lengths = np.stack([store.token_lens(p) for p in pairs])
             widths = [(end - begin) * int(lengths[:, begin:end].max()) for part in cuts for begin, end in part]
             setattr(self, name, getattr(self, name) + sum(widths) * len(pairs))

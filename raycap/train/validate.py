@@ -18,6 +18,7 @@ from raycap.data.store import Store
 from raycap.models.base import CaptionModel
 from raycap.models.decoding import for_batch
 from raycap.train.features import Images
+from raycap.train.group import Group
 from raycap.train.lanes import Lanes
 from raycap.train.loss import slot_losses
 
@@ -40,10 +41,21 @@ class EvalResult:
 
 
 class Validator:
-    """Scores whatever slots the model applies at the moment. `decode.batch` bounds the rows, slots x images, at once."""
+    """Scores whatever slots the model applies at the moment. `decode.batch` bounds the rows, slots x images, at once.
 
-    def __init__(self, cm: CaptionModel, images: Images, config: Config, lanes: Lanes | None = None):
+    The workers of a `group` take a share of the images each, call it together, and have the same results.
+    """
+
+    def __init__(
+        self,
+        cm: CaptionModel,
+        images: Images,
+        config: Config,
+        lanes: Lanes | None = None,
+        group: Group | None = None,
+    ):
         self.cm, self.images, self.config, self.lanes = cm, images, config, lanes or Lanes()
+        self.group = group or Group()
         self._scorers: dict[str, Any] = {}
 
     def text(self, store: Store, pairs: np.ndarray, *, times: int = 1) -> dict[str, torch.Tensor]:
@@ -106,11 +118,12 @@ class Validator:
             tokens = int((store.token_lens(part) - store.prompt_lens(part)).sum())
             return slot_losses(*output, len(part), one), tokens
 
-        total, tokens = torch.zeros(slots, device=self.cm.device, dtype=torch.float64), 0
-        for summed, count in self.lanes.run(piece, self._parts(pairs, slots)):
-            total += summed
-            tokens += count
-        return (total / max(tokens, 1)).tolist()
+        total = torch.zeros(slots + 1, device=self.cm.device, dtype=torch.float64)  # tokens come last
+        for summed, count in self.lanes.run(piece, self._parts(self.group.share(pairs), slots)):
+            total[:-1] += summed
+            total[-1] += count
+        *losses, tokens = self.group.add(total).tolist()
+        return [loss / max(tokens, 1) for loss in losses]
 
     def captions(self, store: Store, rows: np.ndarray, slots: int) -> list[list[str]]:
         """Per slot, a caption for each image of `rows`. `slots` 0 or 1: whatever the model is."""
@@ -123,11 +136,11 @@ class Validator:
                 return self.cm.family.generate(self.cm, images, decode)
 
         found: list[list[str]] = [[] for _ in range(slots)]
-        parts = self._parts(rows, slots)
+        parts = self._parts(self.group.share(rows), slots)
         for part, texts in zip(parts, self.lanes.run(piece, parts)):
             for k in range(slots):
                 found[k] += texts[k * len(part) : (k + 1) * len(part)]
-        return found
+        return self.group.join(found)
 
     def _images(self, store: Store, rows: np.ndarray, times: int) -> torch.Tensor:
         """What the model takes for the images of `rows`, `times` over, slot-major."""
@@ -136,6 +149,8 @@ class Validator:
 
     def _parts(self, rows: np.ndarray, slots: int) -> list[np.ndarray]:
         """`rows` in parts of at most `decode.batch` rows of all slots and lanes together."""
+        if not len(rows):  # fewer images than workers
+            return []
         lanes = self.lanes.worth(min(len(rows) * max(1, slots), self.config.decode.batch))
         size = max(1, self.config.decode.batch // (max(1, slots) * lanes))
         count = math.ceil(len(rows) / size)

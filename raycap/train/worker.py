@@ -38,7 +38,7 @@ ORPHAN_S = 60.0
 
 
 def pack_loop(job: dict[str, Any]) -> None:
-    """Train one pack until its trials have ended or it is asked to stop.
+    """Train one pack until its trials have ended or it is asked to stop; on each of its train.workers workers.
 
     job: config, pack (its number), run_dir, storage (url of the run's place, or ""), seen (what this node must see),
     board and namespace (of the actor), driver (whose board it is), rungs, packs, engine, shards. An error that a restart
@@ -48,7 +48,9 @@ def pack_loop(job: dict[str, Any]) -> None:
 
     name = f"pack-{job['pack']}"
     config = from_dict(job["config"])
-    title(f"{name} of {config.run.name or Path(job['run_dir']).name}")
+    group = _group(config)
+    rank = group.rank if group else 0
+    title(f"{name}{f' worker {rank}' if rank else ''} of {config.run.name or Path(job['run_dir']).name}")
     try:
         board = ray.get_actor(job["board"], namespace=job["namespace"])
         mine = ray.get(board.driver.remote()) == job["driver"]
@@ -60,7 +62,7 @@ def pack_loop(job: dict[str, Any]) -> None:
     try:
         if mine:
             require(job.get("seen", []), node)
-        shelf = Shelf(job, name)
+        shelf = Shelf(job, f"{name}-worker-{rank}" if rank else name)
     except RaycapError as error:
         ray.get(board.fail.remote(type(error).__name__, error.message))
         return
@@ -71,16 +73,28 @@ def pack_loop(job: dict[str, Any]) -> None:
             return
         feed = lock = None
         try:
-            lock = sole_worker(shelf.folder / "checkpoints" / "train" / f"{name}.lock", log)
+            if not rank:
+                lock = sole_worker(shelf.folder / "checkpoints" / "train" / f"{name}.lock", log)
             build = load_attribute(job.get("engine") or ENGINE)
-            engine, checkpoints, feed = build(config, job, log)
-            link = BoardLink(board, name, getattr(feed, "tokens", dict))
-            threading.Thread(target=link.watch, args=(log,), daemon=True).start()
+            engine, checkpoints, feed = build(config, {**job, "group": group}, log)
+            link = BoardLink(board, name, getattr(feed, "tokens", dict), log)
+            if rank:
+                from raycap.train.group import follow
+
+                log(f"ends: {follow(engine, group, {'watch': link.watch_as, 'report': _report_nothing})}")
+                return
+            keeper = TrainKeeper(shelf.checkpoints, name, checkpoints, log, saved=shelf.publish_log)
+            if group:
+                from raycap.train.group import Lead
+
+                engine = Lead(engine, group, log)
+                link.registered = lambda: engine.say("watch", nonce=link.nonce)
+                keeper.reporting = lambda: engine.say("report", saves=keeper.saves)
             shelf.fetch_ended()
             pack = Pack(
                 engine,
                 link,
-                TrainKeeper(shelf.checkpoints, name, checkpoints, log, saved=shelf.publish_log),
+                keeper,
                 rungs=job["rungs"],
                 select_by=config.train.select_by,
                 adapters=shelf.adapters,
@@ -89,20 +103,42 @@ def pack_loop(job: dict[str, Any]) -> None:
                 prune_collapsed=config.tune.prune_collapsed,
                 log=log,
             )
-            log(f"ends: {pack.run()}")
+            reason = pack.run()
+            if group:
+                engine.say("end", reason=reason)
+            log(f"ends: {reason}")
             if hasattr(engine, "padding"):
                 log(engine.padding.line())
         except Exception as error:
             error = getattr(feed, "error", None) or error
             log("".join(traceback.format_exception(error)))
             said = _raycap_error(error)
-            if said is None:
+            if said is not None:
+                ray.get(board.fail.remote(type(said).__name__, said.message))
+            if group:
+                group.leave()  # or the others would wait for this worker
+            if said is None and not (group and ray.get(board.snapshot.remote())["error"]):
                 raise
-            ray.get(board.fail.remote(type(said).__name__, said.message))
         finally:
             if lock is not None:
                 lock.release()
             shelf.publish_log()
+
+
+def _group(config: Config) -> Any:
+    """The workers of this pack, or None for one alone."""
+    if config.train.workers == 1:
+        return None
+    from raycap.train.group import connected
+
+    return connected()
+
+
+def _report_nothing(saves: int) -> None:
+    """A checkpoint is worker 0's; Train wants a word of all workers."""
+    import ray.train
+
+    ray.train.report({"saves": saves})
 
 
 def sole_worker(path: Path, log: Callable[[str], None], patience_s: float = ORPHAN_S) -> FileLock:
@@ -128,13 +164,35 @@ class BoardLink:
     `tokens` tells of each split that is in what the tokeniser made of it (Feed.tokens).
     """
 
-    def __init__(self, board: Any, pack: str, tokens: Callable[[], dict[str, Any]] = dict):
-        self.board, self.pack, self.nonce, self.tokens = board, pack, uuid.uuid4().hex, tokens
+    def __init__(
+        self,
+        board: Any,
+        pack: str,
+        tokens: Callable[[], dict[str, Any]] = dict,
+        log: Callable[[str], None] = lambda line: None,
+    ):
+        self.board, self.pack, self.nonce, self.tokens, self.log = board, pack, uuid.uuid4().hex, tokens, log
+        self.registered: Callable[[], None] = lambda: None
+        """Called when the board has taken this worker as the pack's."""
+        self._watch: threading.Thread | None = None
 
     def register(self, report: dict[str, Any]) -> dict[str, Any]:
         import ray
 
-        return ray.get(self.board.register.remote(self.pack, self.nonce, os.getpid(), report))
+        orders = ray.get(self.board.register.remote(self.pack, self.nonce, os.getpid(), report))
+        self.watch_as(self.nonce)
+        self.registered()
+        return orders
+
+    def watch_as(self, nonce: str) -> None:
+        """Watch from now on whether the worker known by `nonce`, this one or the first of its group, is still its pack's.
+
+        Not before the board knows it: until then the worker before counts.
+        """
+        self.nonce = nonce
+        if self._watch is None:
+            self._watch = threading.Thread(target=self.watch, args=(self.log,), daemon=True)
+            self._watch.start()
 
     def exchange(self, report: dict[str, Any], wait_s: float) -> dict[str, Any]:
         import ray
@@ -187,6 +245,8 @@ class TrainKeeper:
         """`storage` holds one folder a pack; `saved` is called after each checkpoint."""
         self.storage, self.pack, self.checkpoints, self.log, self.saved = storage, pack, checkpoints, log, saved
         self.saves = 0
+        self.reporting: Callable[[], None] = lambda: None
+        """Called just before Train is told, which waits for a word of every worker."""
 
     def restore(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(meta, states by trial) of the newest whole checkpoint; both empty when there is none."""
@@ -250,6 +310,7 @@ class TrainKeeper:
                 self.checkpoints.save(folder / "states", states)
             files = {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
             write_json(folder / META, {**meta, "saves": self.saves, "files": files})
+            self.reporting()
             ray.train.report({"saves": self.saves}, checkpoint=ray.train.Checkpoint.from_directory(folder))
             for new in self._new_here(before):
                 sync_tree(new)  # Train only copies: without this a power cut could take it and the one before
@@ -331,7 +392,7 @@ def build_engine(config: Config, job: dict[str, Any], log: Callable[[str], None]
     from raycap.train.shelf import run_storage
 
     # Ray sets one thread for a worker of one CPU; the packs of a machine share all of its cores.
-    torch.set_num_threads(max(1, usable_cores() // job["packs"]))
+    torch.set_num_threads(max(1, usable_cores() // (job["packs"] * config.train.workers)))
     shards = open_shards(job["shards"])
     feed = Feed(config, shards, job["shards"], log)
     began = time.monotonic()
@@ -339,7 +400,7 @@ def build_engine(config: Config, job: dict[str, Any], log: Callable[[str], None]
     log(
         f"base {config.model.path}: {cm.quantisation}, computes in {cm.compute_dtype}, {time.monotonic() - began:.1f} s"
     )
-    engine = engine_class(config)(cm, feed.stores, config, config.tune.slots)
+    engine = engine_class(config)(cm, feed.stores, config, config.tune.slots, job.get("group"))
     keep_or_not(
         engine.images, feed.stores, config, run_storage(job), rungs=job["rungs"], trials=job["trials"], packs=job["packs"],
         piece=engine.images_at_once(), log=log,

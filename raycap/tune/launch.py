@@ -16,6 +16,8 @@ from raycap.storage import Storage
 from raycap.train.shelf import train_storage
 from raycap.tune.nodes import spread
 
+COLLECTIVE_TIMEOUT_S = 4 * 3600
+"""How long workers wait for each other: one may store the features of a whole set meanwhile. A dead one is noticed."""
 STOPPING: set[str] = set()
 """Drivers whose sweep is being stopped. Tune pickles its stopper, so the flag cannot live in it."""
 
@@ -61,8 +63,11 @@ def tune_worker(trials: list[str], scheduler: Any, job: dict[str, Any], *, clien
     return Worker("tune", work)
 
 
-def pack_worker(job: dict[str, Any], resources: dict[str, float], retries: int) -> Worker:
-    """Ray Train's trainer for one pack; the death of its worker is Train's matter, that of its controller is ours."""
+def pack_worker(job: dict[str, Any], resources: dict[str, float], retries: int, workers: int = 1) -> Worker:
+    """Ray Train's trainer for one pack; the death of a worker is Train's matter, that of its controller is ours.
+
+    Several workers are a process group of torch (gloo, or nccl on GPUs); when one dies, Train starts all of them anew.
+    """
     name = f"pack-{job['pack']}"
     storage = train_storage(job)
 
@@ -70,26 +75,32 @@ def pack_worker(job: dict[str, Any], resources: dict[str, float], retries: int) 
         import ray
         import ray.train
 
-        # What TorchTrainer is made of: a pack is one process, so it has no process group to set up, and the controller
-        # does not have to import torch for its backend.
+        # What TorchTrainer is made of: a pack of one process has no process group to set up, and the controller does not
+        # have to import torch for its backend.
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         from raycap.train.worker import pack_loop
 
+        backend = None
+        if workers > 1:
+            from ray.train.torch import TorchConfig
+
+            backend = TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S)
         others = set(ray.util.placement_group_table())
         for attempt in range(retries + 1):
             mend_snapshot(storage, name)
             trainer = DataParallelTrainer(
                 pack_loop,
                 train_loop_config=job,
+                backend_config=backend,
                 scaling_config=ray.train.ScalingConfig(
-                    num_workers=1, use_gpu="GPU" in resources, resources_per_worker=resources
+                    num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources
                 ),
                 run_config=ray.train.RunConfig(
                     name=name,
                     storage_path=storage.root,
                     storage_filesystem=storage.filesystem,
-                    callbacks=[spread(job["pack"], resources, job["driver_node"])],
+                    callbacks=[spread(job["pack"], resources, job["driver_node"], workers)],
                     failure_config=ray.train.FailureConfig(max_failures=retries),
                     checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
                 ),
@@ -102,12 +113,12 @@ def pack_worker(job: dict[str, Any], resources: dict[str, float], retries: int) 
                     raise
                 board = ray.get_actor(job["board"], namespace=job["namespace"])
                 ray.get(board.evict.remote(name))
-                _free_group(ray, others, resources)
+                _free_group(ray, others, [resources] * workers)
 
     return Worker(name, work)
 
 
-def _free_group(ray: Any, others: set[str], resources: dict[str, float]) -> None:
+def _free_group(ray: Any, others: set[str], bundles: list[dict[str, float]]) -> None:
     """Remove the reservation that a killed controller left, and with it its worker; else the next one waits for ever.
 
     Ray has a cleaner for it, which asks the dashboard; a private Ray runs without one. On a shared cluster it is left
@@ -120,7 +131,7 @@ def _free_group(ray: Any, others: set[str], resources: dict[str, float]) -> None
     if not private():
         return
     for group, entry in ray.util.placement_group_table().items():
-        mine = group not in others and list(entry["bundles"].values()) == [resources]
+        mine = group not in others and list(entry["bundles"].values()) == bundles
         if mine and entry["state"] != "REMOVED":
             ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 

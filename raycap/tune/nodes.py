@@ -89,9 +89,9 @@ def fits(resources: Mapping[str, float], want: Mapping[str, float]) -> int:
     return int(min((resources.get(name, 0.0) + 1e-6) // amount for name, amount in want.items()))
 
 
-def without_room(ray: Any, packs: int, want: Mapping[str, float]) -> int:
-    """How many of the packs find no room on the nodes that there are, were these empty."""
-    return max(0, packs - sum(fits(n["Resources"], want) for n in working_nodes(ray)))
+def without_room(ray: Any, packs: int, want: Mapping[str, float], workers: int = 1) -> int:
+    """How many of the packs, of `workers` that ask for `want` each, find no room on the nodes there are, were these empty."""
+    return max(0, packs - sum(fits(n["Resources"], want) for n in working_nodes(ray)) // workers)
 
 
 def seats(nodes: Iterable[Mapping[str, Any]], want: Mapping[str, float], driver: str = "") -> list[str]:
@@ -101,8 +101,8 @@ def seats(nodes: Iterable[Mapping[str, Any]], want: Mapping[str, float], driver:
     return [node for turn in range(max(room.values(), default=0)) for node in order if room[node] > turn]
 
 
-def spread(pack: int, want: dict[str, float], driver: str) -> Any:
-    """A callback of Ray Train that picks a node for the pack's worker whenever one is started.
+def spread(pack: int, want: dict[str, float], driver: str, workers: int = 1) -> Any:
+    """A callback of Ray Train that picks a node for the pack's workers whenever they are started.
 
     Ray fills one node before the next, and a label that Train is given once would be waited for after its node's death.
     """
@@ -111,7 +111,7 @@ def spread(pack: int, want: dict[str, float], driver: str) -> Any:
     class Spread(ControllerCallback):
         def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
             try:
-                node = pick(pack, want, driver)
+                node = pick(pack, {name: amount * workers for name, amount in want.items()}, driver)
             except Exception:  # placing is a favour; Ray finds a place by itself
                 node = ""
             return {"ray.io/node-id": node} if node else None
@@ -120,7 +120,8 @@ def spread(pack: int, want: dict[str, float], driver: str) -> Any:
 
 
 def pick(pack: int, want: Mapping[str, float], driver: str) -> str:
-    """The node for a pack now: its own seat, else one with room; empty leaves it to Ray, which waits for one to join."""
+    """The node for a pack that wants so much in all: its own seat, else one with room; empty leaves it to Ray, which
+    waits for one to join, and puts several workers on several nodes where none has room for all."""
     import ray
     from ray._private.state import available_resources_per_node
 

@@ -146,7 +146,8 @@ class _Sweep:
         check_nodes(ray, seen)
         packs = config.tune.packs
         clients = min(packs * CLIENTS, len(trials))
-        resources = pack_resources(ray, packs, clients)
+        self.workers = workers = config.train.workers
+        resources = pack_resources(ray, packs, clients, workers)
         context = ray.get_runtime_context()
         self.name = _board_name(config, run_dir)
         _free_name(ray, self.name)
@@ -178,14 +179,15 @@ class _Sweep:
         board = self.board
         scheduler = kind(ledger, lambda step, verdicts: board.judge.remote(step, verdicts))
         self.resources, self.waited = resources, time.monotonic()
-        if waiting := without_room(ray, packs, resources):
+        if waiting := without_room(ray, packs, resources, workers):
             kind = "a GPU" if "GPU" in resources else "a free CPU"
+            kind += f" for each of its {workers} workers" if workers > 1 else ""
             board.note.remote(
                 f"{waiting} of {packs} packs wait for a node with {kind}; they join the sweep when one joins the cluster"
             )
         retries = config.train.max_failures
         self.tune = tune_worker(left, scheduler, job, clients=clients, retries=retries)
-        self.packs = [pack_worker({**job, "pack": i}, resources, retries) for i in range(packs)]
+        self.packs = [pack_worker({**job, "pack": i}, resources, retries, workers) for i in range(packs)]
 
     def run(self, on_progress: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
         """Start, watch, and end everything; the board's last snapshot."""
@@ -249,7 +251,7 @@ class _Sweep:
                         f"{pack.name} died more than train.max_failures={self.config.train.max_failures} times; its log is "
                         f"{log}, the last error:\n{_last_line(pack.error)}"
                     ) from pack.error
-        if without_room(self.ray, 1, self.resources) == 0:
+        if without_room(self.ray, 1, self.resources, self.workers) == 0:
             self.waited = time.monotonic()
         elif time.monotonic() - self.waited > NODE_WAIT_S:
             raise RunError(
