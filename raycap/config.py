@@ -187,6 +187,8 @@ def check(config: Config) -> None:
     if alone := trains_alone(c):
         if c.tune.slots != 1:
             raise ConfigError(f"{alone} trains one adapter at a time: set tune.slots=1 (it is {c.tune.slots})")
+        if c.train.workers > 1:
+            raise ConfigError(f"{alone} trains on one worker: set train.workers=1 (it is {c.train.workers})")
         if c.lora.full or "lora.full" in c.tune.space:
             raise ConfigError(f"{alone} cannot train a part in full beside the adapter: leave lora.full out")
         if c.tune.memory_limit_bytes:

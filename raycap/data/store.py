@@ -27,6 +27,10 @@ SCHEMA_VERSION = 2
 _POLL_S = 0.05
 
 
+class FillerGone(DataError):
+    """Another process filled the store, and died: who opens it again goes on with the filling."""
+
+
 class Store:
     """One split of an image set, by row. Made by `create` or `open`, not by its constructor."""
 
@@ -311,8 +315,8 @@ class Store:
         """Return once all `rows` can be read.
 
         Raises:
-            DataError: the filling failed (the error it failed with), the process that filled is gone, or `timeout_s`
-                have passed.
+            FillerGone: the process that filled is gone.
+            DataError: the filling failed (the error it failed with), or `timeout_s` have passed.
         """
         rows = np.asarray(rows, dtype=np.int64)
         deadline = time.monotonic() + timeout_s
@@ -326,7 +330,7 @@ class Store:
                 if probe.try_acquire():
                     probe.release()
                     if not self.complete and not self._ready[rows].all():
-                        raise DataError(
+                        raise FillerGone(
                             f"the process that filled {self.folder} is gone; open the store again to fill it"
                         )
                     return

@@ -21,6 +21,7 @@ from typing import Any
 from raycap.cluster import title, usable_cores
 from raycap.config import Config, from_dict
 from raycap.data.lock import FileLock
+from raycap.data.store import FillerGone
 from raycap.errors import ModelError, RaycapError, RunError
 from raycap.files import read_json, sha256_file, sync_tree, write_json
 from raycap.storage import Storage
@@ -65,6 +66,8 @@ def pack_loop(job: dict[str, Any]) -> None:
         shelf = Shelf(job, f"{name}-worker-{rank}" if rank else name)
     except RaycapError as error:
         ray.get(board.fail.remote(type(error).__name__, error.message))
+        if group:
+            group.leave()  # or the others would wait for this worker
         return
     with closing(shelf), _log_file(shelf.log_file) as log:
         log(f"{name} starts: pid {os.getpid()} on {node}, parent {os.getppid()}")
@@ -112,7 +115,7 @@ def pack_loop(job: dict[str, Any]) -> None:
         except Exception as error:
             error = getattr(feed, "error", None) or error
             log("".join(traceback.format_exception(error)))
-            said = _raycap_error(error)
+            said = None if isinstance(error, FillerGone) else _raycap_error(error)
             if said is not None:
                 ray.get(board.fail.remote(type(said).__name__, said.message))
             if group:

@@ -101,8 +101,7 @@ def test_two_workers_are_one(grouped, config, dropping_twin, delta, batch):
         assert delta(alone["states"][trial_id]["value"], first["states"][trial_id]["value"]) <= DELTA
 
 
-@pytest.mark.parametrize("again", range(3))
-def test_in_fp64_two_workers_are_one_but_for_rounding(again, grouped, config, dropping_twin, delta):
+def test_in_fp64_two_workers_are_one_but_for_rounding(grouped, config, dropping_twin, delta):
     c = config(model__path=str(dropping_twin), train__batch=5, train__accumulation=5)
     (alone,) = grouped(1, c, 5, dtype=torch.float64)
     first, _ = grouped(2, c, 5, dtype=torch.float64)
@@ -279,3 +278,5 @@ def test_more_workers_than_rows_are_refused(config):
         config(train__workers=9)
     with pytest.raises(ConfigError, match="train.workers=0"):
         config(train__workers=0)
+    with pytest.raises(ConfigError, match="lora.variant=dora trains on one worker"):
+        config(lora__variant="dora", tune__slots=1, train__workers=2)

@@ -18,7 +18,7 @@ from simulation import settings, simulate
 
 from raycap.config import from_dict
 from raycap.train.sight import missing, sight
-from raycap.tune.nodes import fits, seats
+from raycap.tune.nodes import fits, seats, without_room
 
 TOY = f"{toy_engine.__file__}:build_slow"
 HERE = [str(Path(__file__).parent), str(Path(toy_engine.__file__).parent)]
@@ -254,6 +254,14 @@ def test_seats_are_one_on_each_node_before_a_second_and_the_drivers_last():
     assert seats(nodes, {"CPU": 8.0}, "c")[:3] == ["a", "b", "c"] and len(seats(nodes, {"CPU": 8.0})) == 10
     assert fits({"CPU": 2.0}, {"CPU": 1.0, "GPU": 1.0}) == 0 and fits({"CPU": 0.95}, {"CPU": 1.0}) == 0
     assert seats([], {"CPU": 1.0}) == []
+
+
+def test_a_pack_waits_until_there_is_room_for_all_of_its_workers():
+    from types import SimpleNamespace
+
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": float(n)}} for n in (1, 2)]
+    ray, want = SimpleNamespace(nodes=lambda: nodes), {"CPU": 1.0, "GPU": 1.0}
+    assert [without_room(ray, 2, want, workers) for workers in (1, 2, 3, 4)] == [0, 1, 1, 2]
 
 
 def test_a_node_that_sees_another_folder_of_the_same_name_is_told_from_one_that_sees_none(tmp_path):
