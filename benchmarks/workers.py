@@ -78,7 +78,14 @@ def side(tree: dict[str, Any], stores: dict[str, str], workers: int, threads: in
 
 
 def worker(
-    rank: int, place: str, tree: dict[str, Any], stores: dict[str, str], workers: int, threads: int, steps: int, answer: Any
+    rank: int,
+    place: str,
+    tree: dict[str, Any],
+    stores: dict[str, str],
+    workers: int,
+    threads: int,
+    steps: int,
+    answer: Any,
 ) -> None:
     """One worker; the first one answers."""
     torch.set_num_threads(threads)

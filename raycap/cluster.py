@@ -231,7 +231,9 @@ def pack_resources(ray: ModuleType, packs: int, clients: int, workers: int = 1) 
         asked, lower = f"{asked} x train.workers={workers}", "Lower train.workers or tune.packs."
         each = f"{packs * workers} workers of packs, {PACK_CPUS:g} each"
     if want.get("GPU") and packs * workers > limit["GPU"]:
-        raise RunError(f"{asked} asks for {packs * workers} GPUs, the cluster has {have.get('GPU', 0):g} {can}. {lower}")
+        raise RunError(
+            f"{asked} asks for {packs * workers} GPUs, the cluster has {have.get('GPU', 0):g} {can}. {lower}"
+        )
     need = packs * workers * PACK_CPUS + clients * CLIENT_CPUS + DATA_CPUS
     if need > limit["CPU"]:
         raise RunError(

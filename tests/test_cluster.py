@@ -58,7 +58,9 @@ def test_packs_that_cannot_all_run_are_refused_before_train_waits_for_ever(monke
 def test_every_worker_of_a_pack_takes_what_a_pack_of_one_takes(monkeypatch):
     monkeypatch.setattr(cluster, "_private", True)
     assert cluster.pack_resources(fake(CPU=64, GPU=4), 2, 4, 2) == {"CPU": 1.0, "GPU": 1.0}
-    with pytest.raises(RunError, match=r"packs=2 x train.workers=3 asks for 6 GPUs, the cluster has 4 .* Lower train.w"):
+    with pytest.raises(
+        RunError, match=r"packs=2 x train.workers=3 asks for 6 GPUs, the cluster has 4 .* Lower train.w"
+    ):
         cluster.pack_resources(fake(CPU=64, GPU=4), 2, 4, 3)
     with pytest.raises(RunError, match=r"needs 3.35 CPUs \(3 workers of packs, 1 each, 2 trial clients"):
         cluster.pack_resources(fake(CPU=3), 1, 2, 3)

@@ -418,9 +418,7 @@ class PackEngine:
             first, pairs, images = part
             text = self.validator.text(train, pairs, times=len(slots) if shared else 1)
             self.keys.lane = lane
-            self.keys.set(
-                seeds, steps, self.device, rank + first * workers, len(text["labels"]) // len(slots), workers
-            )
+            self.keys.set(seeds, steps, self.device, rank + first * workers, len(text["labels"]) // len(slots), workers)
             try:
                 output = self.cm.family.label_logits(self.cm, text, images)
                 gradient, rows = output.logits.detach(), len(text["labels"]) // len(slots)

@@ -204,7 +204,9 @@ def follow(engine: Any, group: Group, others: Mapping[str, Callable[..., None]])
             group.agree(engine.stacks)
             engine.evaluate(values["trial_ids"])
         else:
-            getattr(engine, {"step": "step", "release": "release", "pause": "pause", "resume": "resume"}[call])(**values)
+            getattr(engine, {"step": "step", "release": "release", "pause": "pause", "resume": "resume"}[call])(
+                **values
+            )
 
 
 def _tensor(data: bytes) -> torch.Tensor:

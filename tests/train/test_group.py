@@ -18,7 +18,7 @@ from raycap.models import load_model
 from raycap.train.engine import PackEngine
 from raycap.train.group import FRAME_BYTES, Group, Lead, follow
 
-LOSSES = dict(rel=1e-5)
+LOSSES = {"rel": 1e-5}
 DELTA = 1e-3
 """As for a batch in pieces and a pack against plain PEFT: in fp32 the same terms are summed in another order, and Adam,
 which divides a gradient by its own size, magnifies the rounding of those near zero. In fp64 1e-9, and far less, is met."""
@@ -28,7 +28,9 @@ which divides a gradient by its own size, magnifies the rounding of those near z
 def grouped(config, make_stores, specs):
     """Trains `steps` with `size` workers; {"losses", "states", "engine"} by rank. `tinker(engine)` before the first."""
 
-    def grouped(size, c, steps, *, count=2, dropout=0.1, tinker=lambda engine: None, then=lambda engine: None, dtype=None):
+    def grouped(
+        size, c, steps, *, count=2, dropout=0.1, tinker=lambda engine: None, then=lambda engine: None, dtype=None
+    ):
         stores = make_stores(load_model(c.model, c.data, device="cpu"))
         c = from_dict({**c.to_dict(), "train": {**c.to_dict()["train"], "workers": size}})
 
@@ -42,7 +44,12 @@ def grouped(config, make_stores, specs):
                 for trial_id, result in engine.step().items():
                     losses.setdefault(trial_id, []).append(result.loss)
             more = then(engine)
-            return {"losses": losses, "states": {t: engine.state(t) for t in engine.active}, "then": more, "engine": engine}
+            return {
+                "losses": losses,
+                "states": {t: engine.state(t) for t in engine.active},
+                "then": more,
+                "engine": engine,
+            }
 
         return side_by_side(size, work)
 
@@ -274,9 +281,9 @@ def test_who_leaves_is_not_waited_for():
 
 
 def test_more_workers_than_rows_are_refused(config):
-    with pytest.raises(ConfigError, match="train.workers=9 leaves workers without a row of train.batch=8"):
+    with pytest.raises(ConfigError, match=r"train\.workers=9 leaves workers without a row of train\.batch=8"):
         config(train__workers=9)
-    with pytest.raises(ConfigError, match="train.workers=0"):
+    with pytest.raises(ConfigError, match=r"train\.workers=0"):
         config(train__workers=0)
-    with pytest.raises(ConfigError, match="lora.variant=dora trains on one worker"):
+    with pytest.raises(ConfigError, match=r"lora\.variant=dora trains on one worker"):
         config(lora__variant="dora", tune__slots=1, train__workers=2)
