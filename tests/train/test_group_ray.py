@@ -40,9 +40,10 @@ print(json.dumps({{"killed": killed, "packs": seen[-1]["packs"], "trials": seen[
 @pytest.mark.ray
 def test_two_workers_one_of_them_killed_come_to_what_one_comes_to(tmp_path, delta):
     settings = [
-        "data.shapes_images=40,10,10", "train.steps=150", "train.batch=5", "train.val_images=9", "lora.dropout=0.1",
+        "data.shapes_images=40,10,10", "train.steps=80", "train.batch=5", "train.val_images=9", "lora.dropout=0.1",
         "tune.trials=1", "tune.slots=1", "tune.scheduler=none", "tune.grace_steps=0", "tune.space={}", "tune.default_trial=false",
-        "train.checkpoint_every_s=0.3", f"run.cache_dir={tmp_path / 'cache'}", "decode.max_new_tokens=8", "model.compute_dtype=fp32",
+        "train.checkpoint_every_s=0.3", f"run.cache_dir={tmp_path / 'cache'}", "decode.max_new_tokens=8",
+        "model.compute_dtype=fp32",
     ]  # fmt: skip
     config = load_config("shapes-git", [*settings, "train.workers=2"])
     folder = tmp_path / "run"
