@@ -141,7 +141,11 @@ def _sentence(best: str, told: Mapping[str, Any]) -> str:
         text += " (the winner is the preset's default trial)"
     if "runner-up" in told:
         runner = told["runner-up"]
-        second = "the runner-up, the preset's default trial," if runner["trial"] == "default" else f"the runner-up {runner['trial']}"
+        second = (
+            "the runner-up, the preset's default trial,"
+            if runner["trial"] == "default"
+            else f"the runner-up {runner['trial']}"
+        )
         text += "; on validation it " + clause(second, "runner-up")
     together = (told.get("separation") or {}).get("together", [])
     if len(together) > 2:

@@ -193,4 +193,6 @@ def test_sentences_say_what_the_intervals_say():
     assert "adapter of t03 beats zero-shot by CIDEr +0.200 [0.100, 0.300]" in text
     assert "cannot be told apart from the constant caption" in text and "worse than the runner-up t07" in text
     told["runner-up"] = {"trial": "default", **verdict(0.1, 0.3)}
-    assert _sentence("t03", told).endswith("it beats the runner-up, the preset's default trial, by CIDEr +0.200 [0.100, 0.300].")
+    assert _sentence("t03", told).endswith(
+        "it beats the runner-up, the preset's default trial, by CIDEr +0.200 [0.100, 0.300]."
+    )
