@@ -55,6 +55,7 @@ __all__ = [
     "put_settings",
     "setting_kind",
     "trains_alone",
+    "variants",
 ]
 
 
@@ -194,7 +195,7 @@ def check(config: Config) -> None:
         if c.tune.memory_limit_bytes:
             raise ConfigError(f"{alone}: what it takes is not predicted, so tune.memory_limit_bytes must be 0")
     _positive("lora.prompt_tokens", c.lora.prompt_tokens)
-    if c.lora.prompt_tokens != _LORA.prompt_tokens and "prompt" not in _variants(c):
+    if c.lora.prompt_tokens != _LORA.prompt_tokens and "prompt" not in variants(c):
         raise ConfigError(f"lora.prompt_tokens={c.lora.prompt_tokens} has no effect with lora.variant={c.lora.variant}")
     if c.lora.variant == "prompt":
         for name in ("layers", "scope", "dropout", "rslora"):
@@ -277,13 +278,13 @@ def check(config: Config) -> None:
 
 def trains_alone(config: Config) -> str:
     """The setting for which trials cannot be packed, as `key=value`; empty where they can."""
-    for variant in _variants(config):
+    for variant in variants(config):
         if variant != "lora":
             return f"lora.variant={variant}"
     return "" if config.train.optimiser == "adamw" else f"train.optimiser={config.train.optimiser}"
 
 
-def _variants(config: Config) -> list[str]:
+def variants(config: Config) -> list[str]:
     """Kinds of adapters that trials may have."""
     space = config.tune.space.get("lora.variant") or {}
     choices = space.get("choice", ()) if isinstance(space, Mapping) else ()

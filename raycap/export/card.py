@@ -29,12 +29,12 @@ class CardFacts:
 def model_card(facts: CardFacts, *, variant: str, onto: str, dtype: str, gate: Mapping[str, Any] | None = None) -> str:
     """README.md of a model folder: front matter for the hub, then base, data, adapter, scores, the gate's verdict."""
     weights = f"NF4 (bitsandbytes); head and what the family skips in {dtype}" if variant == "merged-nf4" else dtype
-    merged_onto = {"original": "the base's original weights", "dequantised": "the base's dequantised NF4 weights"}[onto]
+    merged_onto = {"original": "the base's original weights", "dequantised": "the base's dequantised weights"}[onto]
     lines = [
         *_front_matter(facts, variant),
         f"# {facts.name}: {variant}",
         "",
-        f"An image captioner: a LoRA adapter folded into `{shown_place(facts.base)}` by raycap.",
+        f"An image captioner: a {facts.adapter.get('kind', 'LoRA')} adapter folded into `{shown_place(facts.base)}` by raycap.",
         "Loads in plain `transformers`; the processor is in this folder.",
         "",
         *_table("Weights", {"variant": variant, "stored as": weights, "merged onto": merged_onto}),

@@ -66,17 +66,22 @@ class SoftPrompt(nn.Module):
         family.head, family.collate = head, collate
 
 
+def require_prompts(family: Family) -> None:
+    """ConfigError unless plain peft can use a prompt that was learnt for a model of this family."""
+    if not family.prompt_tuning:
+        raise ConfigError(
+            f"lora.variant=prompt: peft cannot put a prompt before the texts of family {family.name} (`raycap doctor` lists "
+            "the families that it can). Take lora.variant=lora or dora"
+        )
+
+
 def put_prompt(model: nn.Module, family: Family, count: int) -> tuple[str, SoftPrompt]:
     """A prompt of `count` vectors around the model's word embeddings, enabled, and the path that it stands at.
 
     Raises:
         ConfigError: plain peft could not use what is learnt for models of this family.
     """
-    if not family.prompt_tuning:
-        raise ConfigError(
-            f"lora.variant=prompt: peft cannot put a prompt before the texts of family {family.name} (`raycap doctor` lists "
-            "the families that it can). Take lora.variant=lora or dora"
-        )
+    require_prompts(family)
     words = model.get_input_embeddings()
     path = next(name for name, module in model.named_modules() if module is words)
     prompt = SoftPrompt(words, family, count).train(words.training)

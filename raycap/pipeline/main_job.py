@@ -221,7 +221,9 @@ class _Run:
             prompt=prompt_for(self.config.data.prompt, self.config.evaluate.lang),
             trial=best.trial_id,
             adapter={
-                "rank": best.rank, "alpha": best.alpha, "lr": best.lr, "dropout": best.dropout,
+                "kind": "DoRA" if best.variant == "dora" else "LoRA", "rank": best.rank, "alpha": best.alpha,
+                "base in": {"nf4": "NF4", "int8": "8 bits"}.get(self.config.model.quantisation, ""),
+                "lr": best.lr, "dropout": best.dropout,
                 "steps": best.best_step, "targets": " ".join(best.targets),
             },
             versions=versions(),

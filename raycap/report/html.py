@@ -11,7 +11,7 @@ from raycap.files import write_atomic
 from raycap.report.charts import figures
 from raycap.report.data import ReportData, report_data
 from raycap.report.ledger import REPORT
-from raycap.report.livetable import duration, number, sci
+from raycap.report.livetable import adapter, duration, number, sci
 from raycap.report.page import page
 from raycap.report.pictures import PICTURES, write_pictures
 from raycap.report.plots import write_plots
@@ -74,7 +74,7 @@ def _header(data: ReportData) -> str:
             (
                 "winner",
                 escape(best["trial_id"]),
-                f'rank {best["rank"]}, alpha {best["alpha"]:g}, <span class="nb">lr {sci(best["lr"])}</span>',
+                f'{adapter(best)}, <span class="nb">lr {sci(best["lr"])}</span>',
             )
         )
     if data.trials:

@@ -76,8 +76,22 @@ def end_line(trial: Mapping[str, Any]) -> str:
     # A place among CIDErs need not repeat the CIDEr and the step.
     reason = re.sub(r"^cider \S+ at step \d+: ", "", trial.get("reason") or "")
     reason = f"; {reason}" if reason else ""
-    setting = f"rank {trial['rank']}, alpha {trial['alpha']:g}, lr {sci(trial['lr'])}, dropout {trial['dropout']:g}"
-    return f"{trial['trial_id']} {trial['state']} at step {trial.get('steps', 0):,}: {found} ({setting}){reason}"
+    return f"{trial['trial_id']} {trial['state']} at step {trial.get('steps', 0):,}: {found} ({setting(trial)}){reason}"
+
+
+def setting(trial: Mapping[str, Any]) -> str:
+    """What a trial trains, in a few words."""
+    return f"{adapter(trial)}, lr {sci(trial['lr'])}" + (
+        "" if trial.get("variant") == "prompt" else f", dropout {trial['dropout']:g}"
+    )
+
+
+def adapter(trial: Mapping[str, Any]) -> str:
+    """The kind and size of a trial's adapter; of LoRA, which most are, the size alone."""
+    if trial.get("variant") == "prompt":
+        return f"prompt of {trial['prompt_tokens']} tokens"
+    kind = "DoRA of " if trial.get("variant") == "dora" else ""
+    return f"{kind}rank {trial['rank']}, alpha {trial['alpha']:g}"
 
 
 def totals_line(snapshot: Mapping[str, Any]) -> str:

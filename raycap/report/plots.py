@@ -12,7 +12,7 @@ from typing import Any
 
 from raycap.files import write_atomic
 from raycap.report.data import ReportData
-from raycap.report.livetable import number, sci
+from raycap.report.livetable import number, setting
 
 INK, MUTED, LINE = "#1b1f24", "#6a7280", "#d9dde3"
 WINNER, FINISHED, STOPPED, BAD = "#1f5fd0", "#7b98c9", "#b4bac4", "#c8372d"
@@ -121,8 +121,7 @@ def with_titles(svg: str, data: ReportData) -> str:
         trial = facts.get(match[1])
         if trial is None:
             return match[0]
-        setting = f"rank {trial['rank']}, alpha {trial['alpha']:g}, lr {sci(trial['lr'])}, dropout {trial['dropout']:g}"
-        text = f"{trial['trial_id']} {trial['state']}: {setting}; CIDEr {number(trial.get('cider'))}"
+        text = f"{trial['trial_id']} {trial['state']}: {setting(trial)}; CIDEr {number(trial.get('cider'))}"
         return f'<g class="trial" data-trial="{html.escape(match[1], quote=True)}"><title>{html.escape(text)}</title>'
 
     return re.sub(r'<g id="trial-([^"]+)">', titled, svg)

@@ -6,7 +6,7 @@ from typing import Any
 
 from raycap.report.data import report_sentence
 from raycap.report.ledger import REPORT, variant_order
-from raycap.report.livetable import duration, number, sci
+from raycap.report.livetable import duration, number, setting
 from raycap.report.runs import Run
 
 SHOWN = {"cider": "CIDEr", "bleu4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L"}
@@ -34,10 +34,8 @@ def text_summary(run: Run) -> str:
     lines = [f"{run.name}: {run.status}" + (f" ({run.entry['reason']})" if run.entry.get("reason") else "")]
     if run.best:
         best = run.best
-        setting = f"rank {best['rank']}, alpha {best['alpha']:g}, lr {sci(best['lr'])}, dropout {best['dropout']:g}"
-        if best.get("captions") not in (None, "", "all"):
-            setting += f", captions {best['captions']}"
-        lines.append(f"  winner   {best['trial_id']} of {len(run.trials)} trials: {setting}")
+        chosen = f", captions {best['captions']}" if best.get("captions") not in (None, "", "all") else ""
+        lines.append(f"  winner   {best['trial_id']} of {len(run.trials)} trials: {setting(best)}{chosen}")
     test = run.metrics.get("test", {})
     for variant in sorted(test, key=variant_order):
         scores = test[variant]

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raycap.config import Config, trains_alone
+from raycap.config import Config, trains_alone, variants
 from raycap.errors import ConfigError, ModelError
+from raycap.models import load_family
 from raycap.models.alone import AloneStack
 from raycap.models.lora import Weights
-from raycap.models.prompt import PROMPT, export_prompt, import_prompt, start_prompt
+from raycap.models.prompt import PROMPT, export_prompt, import_prompt, require_prompts, start_prompt
 from raycap.train.engine import PackEngine, Slot
 from raycap.train.lanes import Lanes
 from raycap.train.optim import StackedAdamW
@@ -23,7 +24,13 @@ from raycap.trial import TrialSpec
 
 
 def engine_class(config: Config) -> type[PackEngine]:
-    """What trains the trials of `config`."""
+    """What trains the trials of `config`.
+
+    Raises:
+        ConfigError: an adapter of a kind that the model's family cannot have.
+    """
+    if "prompt" in variants(config):
+        require_prompts(load_family(config.model.family, config.model))
     return AloneEngine if trains_alone(config) else PackEngine
 
 

@@ -29,6 +29,8 @@ class TrialRecord:
     dropout: float
     targets: list[str]
     captions: str = "all"
+    variant: str = "lora"
+    prompt_tokens: int = 0
     steps: int = 0
     """Optimiser steps trained."""
     rung: int = 0
@@ -57,6 +59,8 @@ class TrialRecord:
             dropout=spec.dropout,
             targets=list(spec.targets),
             captions=spec.captions,
+            variant=spec.variant,
+            prompt_tokens=spec.prompt_tokens,
         )
 
     @classmethod

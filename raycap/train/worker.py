@@ -394,6 +394,7 @@ def build_engine(config: Config, job: dict[str, Any], log: Callable[[str], None]
     from raycap.train.keeping import keep_or_not
     from raycap.train.shelf import run_storage
 
+    kind = engine_class(config)  # what cannot be is told before the base loads
     # Ray sets one thread for a worker of one CPU; the packs of a machine share all of its cores.
     torch.set_num_threads(max(1, usable_cores() // (job["packs"] * config.train.workers)))
     shards = open_shards(job["shards"])
@@ -403,7 +404,7 @@ def build_engine(config: Config, job: dict[str, Any], log: Callable[[str], None]
     log(
         f"base {config.model.path}: {cm.quantisation}, computes in {cm.compute_dtype}, {time.monotonic() - began:.1f} s"
     )
-    engine = engine_class(config)(cm, feed.stores, config, config.tune.slots, job.get("group"))
+    engine = kind(cm, feed.stores, config, config.tune.slots, job.get("group"))
     keep_or_not(
         engine.images, feed.stores, config, run_storage(job), rungs=job["rungs"], trials=job["trials"], packs=job["packs"],
         piece=engine.images_at_once(), log=log,

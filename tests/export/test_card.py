@@ -35,9 +35,11 @@ def test_scores_adapter_and_verdict():
         "| targets | query, value |",
         "| merged on the dequantised weights | 1.9800 |",
         "| prompt | a photo of |",
-        "| merged onto | the base's dequantised NF4 weights |",
+        "| merged onto | the base's dequantised weights |",
+        "a LoRA adapter folded into",
     ):
         assert line in text
+    assert "a DoRA adapter folded into" in card(adapter={"kind": "DoRA", "base in": "8 bits"})
     assert "merged +1.00%, NF4 +25.00%. The variant promoted to serving passed." in text
 
 

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from raycap.report.live import Progress
-from raycap.report.livetable import clock, duration, sci
+from raycap.report.livetable import clock, duration, sci, setting
 
 
 class Terminal(io.StringIO):
@@ -137,3 +137,11 @@ def _without_escapes(text: str) -> str:
     import re
 
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def test_a_trial_is_named_by_the_kind_of_its_adapter():
+    trial = {"rank": 8, "alpha": 16.0, "lr": 2e-3, "dropout": 0.1, "variant": "lora", "prompt_tokens": 0}
+    assert setting(trial) == "rank 8, alpha 16, lr 2e-3, dropout 0.1"
+    assert setting({k: trial[k] for k in ("rank", "alpha", "lr", "dropout")}) == setting(trial)  # of an earlier version
+    assert setting({**trial, "variant": "dora"}) == "DoRA of rank 8, alpha 16, lr 2e-3, dropout 0.1"
+    assert setting({**trial, "variant": "prompt", "prompt_tokens": 20}) == "prompt of 20 tokens, lr 2e-3"
