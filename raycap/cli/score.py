@@ -74,7 +74,10 @@ def run(args: argparse.Namespace) -> int:
     metrics = tuple(m.strip() for m in args.metrics.split(",") if m.strip())
     if not metrics:
         raise UsageError("--metrics names no metric")
-    corpus = read_references(args.corpus)[0] if args.corpus else None
+    corpus = None
+    if args.corpus:
+        corpus, more = read_references(args.corpus)
+        notes += [f"{args.corpus}: {note}" for note in more]
     images = find_pictures(args.images, both, args.references) if args.images else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

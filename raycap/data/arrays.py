@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -71,3 +71,19 @@ def allocate(file: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
         with open(file, "rb+") as raw:
             os.posix_fallocate(raw.fileno(), 0, file.stat().st_size)
     return array
+
+
+def write_at(file: BinaryIO, place: int, data: memoryview) -> None:
+    """Write all of `data` at a place of an open file; maps of it see it.
+
+    Raises:
+        RunError: the disk refuses it.
+    """
+    done = 0
+    try:
+        while done < len(data):
+            done += os.pwrite(file.fileno(), data[done:], place + done)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {file.name}: {error.strerror}. Free space, or choose another run.cache_dir."
+        ) from error

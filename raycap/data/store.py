@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from raycap.data.arrays import allocate, make_files
+from raycap.data.arrays import allocate, make_files, write_at
 from raycap.data.lock import FileLock
 from raycap.data.parquet import Shards
 from raycap.errors import DataError, RunError
@@ -59,6 +59,8 @@ class Store:
         self._first = np.cumsum(self.captions_per_image) - self.captions_per_image
         mode = "r+" if lock is not None else "r"
         self._pixels = np.load(folder / "pixels.npy", mmap_mode=mode)
+        # Rows are written into the file: through the map each fresh page is a fault, which costs more than the copy.
+        self._pixel_file = None if lock is None else open(folder / "pixels.npy", "rb+", buffering=0)  # noqa: SIM115
         self._tokens = np.load(folder / "tokens.npy", mmap_mode=mode)
         self._lengths = np.load(folder / "lengths.npy", mmap_mode=mode)
         self._prompts = np.load(folder / "prompt_lens.npy", mmap_mode=mode)
@@ -234,7 +236,8 @@ class Store:
                     f"image {self.image_ids[row]}: {len(token_ids[i])} token lists and {len(prompt_lens[i])} prompt "
                     f"lengths came for {self.captions_per_image[row]} captions"
                 )
-            self._pixels[row] = image
+            data = memoryview(np.ascontiguousarray(image)).cast("B")
+            write_at(self._pixel_file, self._pixels.offset + row * len(data), data)
             for j, ids in enumerate(token_ids[i]):
                 length = len(ids)
                 if not 0 < length <= self._tokens.shape[1]:
@@ -266,6 +269,7 @@ class Store:
             raise DataError(f"split {self.split}: {len(missing)} of {self.count} images never came ({names}, ...)")
         for array in (self._pixels, self._tokens, self._lengths, self._prompts, self._ready):
             array.flush()
+        self._close_file()
         tokens = int(self._lengths.sum() - self._prompts.sum())
         unknown = int(self._row_unknown.sum())
         write_json(
@@ -290,8 +294,14 @@ class Store:
     def close(self, error: BaseException | None = None) -> None:
         """Let go of the lock; what was not finished will be filled anew. `error` is raised from `wait`."""
         self._failure = error
+        self._close_file()
         if self._lock is not None:
             self._lock.release()
+
+    def _close_file(self) -> None:
+        file, self._pixel_file = self._pixel_file, None
+        if file is not None:
+            file.close()
 
     # --- reading ------------------------------------------------------------------------------------------------------
 

@@ -189,6 +189,26 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         make(tmp_path / "file" / "s")
 
 
+def test_pixels_are_written_whole_whatever_their_layout_and_a_full_disk_is_told(tmp_path, monkeypatch):
+    """The system may write less than it is asked to; images that are decoded lie channels last."""
+    from raycap.data import arrays
+
+    store = make(tmp_path / "s")
+    image = np.random.default_rng(0).integers(0, 255, (4, 5, 3), dtype=np.uint8).transpose(2, 0, 1)
+    write = os.pwrite
+    monkeypatch.setattr(arrays.os, "pwrite", lambda file, data, place: write(file, data[:7], place))
+    store.put([1], [image], [[[1, 2]]], [[1]])
+    assert np.array_equal(store.pixels([1])[0], image) and not store.pixels([0, 2]).any()
+
+    def full_disk(file, data, place):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(arrays.os, "pwrite", full_disk)
+    with pytest.raises(RunError, match=r"cannot write .*pixels\.npy: No space left on device\. Free space"):
+        store.put([0], [image], [[[1], [2]]], [[1, 1]])
+    assert store.ready.tolist() == [False, True, False]
+
+
 def test_features_are_stored_once(full, tmp_path):
     assert full.features is None and not full.attach_features("k")
     values = np.arange(3 * 2 * 4, dtype=np.float32).reshape(3, 2, 4)
