@@ -44,8 +44,11 @@ def text_summary(run: Run) -> str:
     if run.gate:
         gate = run.gate
         verdict = "passed" if gate["passed"] else "NOT passed"
-        drops = [f"{name} {gate[key]:+.2%}" for name, key in (("merged", "drop_merged"), ("nf4", "drop_nf4"))
-                 if gate.get(key) is not None]  # fmt: skip
+        drops = [
+            f"{name} {gate[key]:+.2%}{' (a gain)' if gate[key] < 0 else ''}"
+            for name, key in (("merged", "drop_merged"), ("nf4", "drop_nf4"))
+            if gate.get(key) is not None
+        ]
         lines.append(f"  gate     {verdict}: drop of {gate['metric']} on {gate['split']}: {', '.join(drops)}")
     if run.entry.get("seconds"):
         memory = run.entry.get("peak_memory_bytes") or 0

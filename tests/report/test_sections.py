@@ -11,6 +11,7 @@ from raycap.report.pictures import Picture
 from raycap.report.provenance import weights_bytes
 from raycap.report.runs import load_run
 from raycap.report.sections import pictures, rungs, verdicts
+from raycap.report.summary import text_summary
 
 
 def text_of(html):
@@ -134,3 +135,10 @@ def test_trials_stand_over_their_memory_where_it_is_known(run_folder):
     assert caption == "Trials: CIDEr over memory" and svg.count('class="trial"') == 3  # t03 has no score
     page = render(dataclasses.replace(data, trials=weighed))
     assert caption in page and "2.00 GiB" in page and ">memory<" in page and ">memory<" not in render(data)
+
+
+def test_the_terminal_calls_a_negative_drop_a_gain_too(run_folder):
+    run = load_run(run_folder)
+    assert "merged +0.77%, nf4 +3.85%" in text_summary(run)
+    gain = dataclasses.replace(run, gate={**run.gate, "drop_merged": -0.0542})
+    assert "merged -5.42% (a gain), nf4 +3.85%" in text_summary(gain)
