@@ -16,10 +16,11 @@ from raycap.models import load_family
 from raycap.models.alone import AloneStack
 from raycap.models.lora import Weights
 from raycap.models.prompt import PROMPT, export_prompt, import_prompt, require_prompts, start_prompt
-from raycap.train.engine import PackEngine, Slot
+from raycap.train.engine import PackEngine
 from raycap.train.lanes import Lanes
 from raycap.train.optim import StackedAdamW
 from raycap.train.optim8 import PagedAdamW8bit
+from raycap.train.slots import Slot
 from raycap.trial import TrialSpec
 
 
