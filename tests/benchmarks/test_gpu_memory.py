@@ -38,7 +38,7 @@ def config(tmp_path_factory):
 @pytest.fixture
 def one_lane(monkeypatch):
     """As on a GPU; a CPU's lanes hold gradients of their own."""
-    monkeypatch.setattr("raycap.train.engine.lanes_for", lambda device: Lanes())
+    monkeypatch.setattr("raycap.train.slots.lanes_for", lambda device: Lanes())
 
 
 def test_a_prediction_meets_what_is_measured(config, one_lane):
