@@ -13,7 +13,8 @@ import pytest
 from raycap.errors import DataError, ModelError, RunError
 from raycap.files import read_json
 from raycap.storage import Storage
-from raycap.train.worker import TrainKeeper, _log_file, _raycap_error, load_attribute, sole_worker
+from raycap.train.keeper import TrainKeeper
+from raycap.train.worker import _log_file, _raycap_error, load_attribute, sole_worker
 
 ENGINE = Path(__file__).parent / "toy_engine.py"
 
