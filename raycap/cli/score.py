@@ -117,7 +117,7 @@ def read_predictions(path: Path) -> tuple[dict[str, str], list[str]]:
     if not found:
         raise UsageError(f"{path} holds no predictions")
     empty = sum(not c.strip() for c in found.values())
-    notes = [f"{doubles} further captions of an image that had one are left out"] if doubles else []
+    notes = [f"left out: {_many(doubles, 'further caption')} of an image that had one"] if doubles else []
     return found, notes + ([f"{empty} of {len(found)} captions are empty; they are scored as such"] if empty else [])
 
 
@@ -138,9 +138,9 @@ def read_references(path: Path) -> tuple[dict[str, list[str]], list[str]]:
     bare = [i for i, texts in found.items() if not texts]
     if len(bare) == len(found):
         raise UsageError(f"{path} holds no references")
-    notes = [f"{empty} empty references are left out"] if empty else []
+    notes = [f"left out: {_many(empty, 'empty reference')}"] if empty else []
     if bare:
-        notes.append(f"{len(bare)} images have no reference left: {', '.join(bare[:SHOWN])}")
+        notes.append(f"{_many(len(bare), 'image')} without any reference left: {', '.join(bare[:SHOWN])}")
     return {i: texts for i, texts in found.items() if texts}, notes
 
 
@@ -217,6 +217,10 @@ def _field(row: dict[str, Any], name: str, where: str) -> str:
     if not isinstance(value, str):
         raise UsageError(f"{where}: '{name}' is {value!r:.80}, expected text")
     return value
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _keys(row: dict[str, Any]) -> str:

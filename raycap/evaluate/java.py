@@ -46,10 +46,10 @@ def java() -> str | None:
     return None
 
 
-def require_java() -> str:
+def require_java(what: str = "METEOR") -> str:
     path = java()
     if path is None:
-        raise RunError(NO_JAVA)
+        raise RunError(NO_JAVA.replace("METEOR", what))
     return path
 
 

@@ -77,9 +77,10 @@ def ptb_java(captions: Sequence[str]) -> list[str]:
     lines = [_one_line(caption) for caption in captions]
     if not any(lines):
         return [""] * len(lines)
+    program = require_java("the tokeniser ptb, unlike ptb-py,")
     return [
         " ".join(word for word in line.rstrip().split(" ") if word not in PUNCTUATION)
-        for line in _java_lines(lines, require_java(), package_file("tokenizer", "stanford-corenlp-3.4.1.jar"))
+        for line in _java_lines(lines, program, package_file("tokenizer", "stanford-corenlp-3.4.1.jar"))
     ]
 
 

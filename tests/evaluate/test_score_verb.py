@@ -80,7 +80,7 @@ def test_what_does_not_match_is_said_and_counted(files, capsys, golden):
     found = run_json(capsys, files / "p.jsonl", files / "r.jsonl", *TEXT)
     assert found["images"] == 10
     said = " / ".join(found["notes"])
-    for part in ("1 further caption", "1 of 11 captions are empty", "1 of 11 predictions have no references", "zz",
+    for part in ("left out: 1 further caption of", "1 of 11 captions are empty", "1 of 11 predictions have no references", "zz",
                  "12 empty references", "2 of 12 images with references have no prediction", "'g11'"):  # fmt: skip
         assert part in said, (part, said)
 
@@ -95,7 +95,7 @@ def test_document_frequencies_of_a_corpus(files, capsys, golden):
     wanted = CiderScorer(references, corpus=corpus).score(predictions)[0]
     assert found["metrics"]["cider"]["score"] == pytest.approx(wanted, abs=1e-12)
     assert "df:corpus@" in found["metrics"]["cider"]["signature"]
-    assert found["notes"] == [f"{files / 'corpus.jsonl'}: 60 empty references are left out"]
+    assert found["notes"] == [f"{files / 'corpus.jsonl'}: left out: 60 empty references"]
 
 
 def test_pictures_are_found_by_name_stem_or_coco_file(files):
