@@ -29,6 +29,7 @@ from raycap.data.parquet import open_shards
 from raycap.data.shards import prepare_if_needed
 from raycap.data.store import Store
 from raycap.data.stream import fill, local_batches
+from raycap.errors import RaycapError
 from raycap.models import load_model, row_preparer
 from raycap.pipeline.tiny import tiny_plan
 from raycap.storage import Storage
@@ -48,15 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_intermixed_args(arguments)
     torch.set_num_threads(usable_cores())
-    if args.tiny:
-        plan = tiny_plan(load_config(args.preset), args.settings)
-        plan.make(lambda said: print(said, file=sys.stderr))
-        config = plan.config
-    else:
-        config = load_config(args.preset, args.settings)
+    try:
+        config = chosen(args)
+    except RaycapError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory(prefix="raycap-features-") as folder:
         print(json.dumps({"preset": args.preset, **compare(config, Path(folder), args.steps, args.rounds)}, indent=2))
     return 0
+
+
+def chosen(args: argparse.Namespace) -> Config:
+    if not args.tiny:
+        return load_config(args.preset, args.settings)
+    plan = tiny_plan(load_config(args.preset), args.settings)
+    plan.make(lambda said: print(said, file=sys.stderr))
+    return plan.config
 
 
 def compare(config: Config, folder: Path, steps: int, rounds: int) -> dict[str, Any]:
