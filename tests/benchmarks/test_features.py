@@ -16,8 +16,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:CIDEr takes its document frequen
 
 
 def test_both_sides_and_the_decision_are_printed(tmp_path, capsys):
-    small = ["data.shapes_images=24,8,8", "tune.trials=2", "tune.slots=2", "tune.default_trial=false", "train.batch=4", "train.val_images=4",
-             "decode.max_new_tokens=6", f"run.cache_dir={tmp_path}"]  # fmt: skip
+    small = ["data.shapes_images=24,8,8", "tune.trials=2", "tune.slots=2", "tune.default_trial=false", "train.batch=4",
+             "train.val_images=4", "decode.max_new_tokens=6", f"run.cache_dir={tmp_path}"]  # fmt: skip
     assert features.main(["shapes-git", *small, "--steps", "2", "--rounds", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
     kept, live = found["measured"]["kept"], found["measured"]["at_each_look"]
