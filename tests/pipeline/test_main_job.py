@@ -148,7 +148,8 @@ def test_a_refused_gate_serves_nothing_and_says_why(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(main_job._Run, "_score", lambda self, s, c, f: None)
     monkeypatch.setattr(main_job._Run, "_serve", lambda *a: served.append(a))
-    monkeypatch.setattr(main_job, "connect", lambda config, **options: __import__("contextlib").nullcontext())
+    ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 2.0}, nodes=lambda: [{"Alive": True}])
+    monkeypatch.setattr(main_job, "connect", lambda config, **options: __import__("contextlib").nullcontext(ray))
     with pytest.raises(GateError, match="40 %") as error:
         main_job.sweep(config, plain=True)
     assert error.value.exit_code == 1 and not served
