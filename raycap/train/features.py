@@ -45,18 +45,17 @@ class Images:
         if not self.stored:
             store.wait(rows)
             return self._pixel_values(store, rows).to(self.cm.device, self.cm.compute_dtype)
-        if not self.kept.get(store.split, True):
-            store.wait(rows)
-            distinct, back = np.unique(rows, return_inverse=True)
-            return self.live(store, distinct)[torch.from_numpy(back).to(self.cm.device)]
-        with self._lock:  # lanes ask side by side
-            if store.features is None and store.complete:
-                self.store_features(store)
-        if store.features is not None:
-            return self.from_numpy(np.asarray(store.features[rows]))
+        compute = self.live
+        if self.kept.get(store.split, True):
+            compute = self.encode
+            with self._lock:  # lanes ask side by side
+                if store.features is None and store.complete:
+                    self.store_features(store)
+            if store.features is not None:
+                return self.from_numpy(np.asarray(store.features[rows]))
         store.wait(rows)
         distinct, back = np.unique(rows, return_inverse=True)
-        return self.encode(store, distinct)[torch.from_numpy(back).to(self.cm.device)]
+        return compute(store, distinct)[torch.from_numpy(back).to(self.cm.device)]
 
     def store_features(self, store: Store) -> None:
         """Make `store.features` there: attached where the same tower has left them, else computed for all images."""

@@ -66,7 +66,7 @@ class SweepResult:
     ruled_out: dict[str, str] = field(default_factory=dict)
     """Trials that could not win, and why."""
     features: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By split, whether vision features were kept, and the figures of that decision (train.keeping.Choice)."""
+    """By split, whether vision features were kept, and the figures of that decision (train.choice.Choice)."""
 
 
 def run_sweep(

@@ -59,3 +59,11 @@ def with_dequantised(config: Config, dtype: torch.dtype) -> Any:
             plain.model.get_submodule(name).weight.copy_(dequantise(module, torch.float32))
     plain.model.to(dtype)
     return dataclasses.replace(plain, compute_dtype=dtype)
+
+
+def step_inputs(engine, step, dtype):
+    """What a plain model is called with for the samples that an engine's slot sees at `step`: texts, labels, pixels."""
+    store = engine.stores["train"]
+    pairs = engine.pairs("all", step)
+    pixels = engine.cm.family.pixel_values(engine.cm.processor, torch.from_numpy(store.pixels(pairs[:, 0])))
+    return {**engine.validator.text(store, pairs), "pixel_values": pixels.to(dtype)}

@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.optim import PagedAdamW8bit
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
+from tiny_models import step_inputs
 
 from raycap.errors import ConfigError, ModelError
 from raycap.models import load_model
@@ -35,6 +36,24 @@ def identical(one, other):
     return set(one) == set(other) and all(torch.equal(x, y) for path in one for x, y in zip(one[path], other[path]))
 
 
+def halted(make_engine, c, run, folder, scored=False):
+    """Engines after eight steps (run through, broken off after three, resumed from there), which must have lost the same."""
+    spec = spec_of(c, **{"lora.dropout": 0.1})
+    straight, broken, resumed = (make_engine(c) for _ in range(3))
+    straight.admit(spec)
+    broken.admit(spec)
+    losses = run(straight, 8)["t0"]
+    run(broken, 3)
+    if scored:
+        broken.evaluate(["t0"])
+    checkpoint.save(folder, {"t0": broken.state("t0")})
+    resumed.admit(spec, checkpoint.load(folder)["t0"])
+    assert run(resumed, 5)["t0"] == losses[3:]
+    for kind in ("value", "m", "v"):
+        assert identical(straight.state("t0")[kind], resumed.state("t0")[kind])
+    return straight, broken, resumed
+
+
 def by_peft(model, engine, spec, steps, adam=torch.optim.AdamW):
     """(losses, adapter's state) of plain peft, `adam` and cross-entropy on the engine's samples."""
     dtype = next(model.parameters()).dtype
@@ -53,13 +72,11 @@ def by_peft(model, engine, spec, steps, adam=torch.optim.AdamW):
                 p.data = p.data.to(dtype)
                 assert torch.equal(p.data, begin[path][2])
     optimiser = adam(own.values(), lr=spec.lr, betas=(spec.beta1, spec.beta2), weight_decay=0.01)
-    store, losses = engine.stores["train"], []
+    losses = []
     peft.train()
     for step in range(steps):
-        pairs = engine.pairs("all", step)
-        text = engine.validator.text(store, pairs)
-        pixels = engine.cm.family.pixel_values(engine.cm.processor, torch.from_numpy(store.pixels(pairs[:, 0])))
-        logits = peft(**text, pixel_values=pixels.to(dtype)).logits[:, -text["labels"].shape[1] : -1]
+        text = step_inputs(engine, step, dtype)
+        logits = peft(**text).logits[:, -text["labels"].shape[1] : -1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text["labels"][:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(own.values(), spec.max_grad_norm)
@@ -106,19 +123,7 @@ def test_lora_alone_is_a_pack_of_one(make_engine, config, dora, specs, run, delt
 
 
 def test_dora_resumed_is_dora_uninterrupted(make_engine, dora, run, tmp_path):
-    c = dora()
-    spec = spec_of(c, **{"lora.dropout": 0.1})
-    straight, broken, resumed = (make_engine(c) for _ in range(3))
-    straight.admit(spec)
-    broken.admit(spec)
-    losses = run(straight, 8)["t0"]
-    run(broken, 3)
-    broken.evaluate(["t0"])
-    checkpoint.save(tmp_path / "c", {"t0": broken.state("t0")})
-    resumed.admit(spec, checkpoint.load(tmp_path / "c")["t0"])
-    assert run(resumed, 5)["t0"] == losses[3:]
-    for kind in ("value", "m", "v"):
-        assert identical(straight.state("t0")[kind], resumed.state("t0")[kind])
+    _, broken, resumed = halted(make_engine, dora(), run, tmp_path / "c", scored=True)
     assert identical(broken.state("t0")["best"], resumed.state("t0")["best"])
 
 
@@ -229,18 +234,7 @@ def test_8_bit_adamw_is_bitsandbytes_own_on_plain_peft(make_engine, eight, oracl
 
 
 def test_8_bit_moments_resume_to_the_bit(make_engine, eight, run, tmp_path):
-    c = eight()
-    spec = spec_of(c, **{"lora.dropout": 0.1})
-    straight, broken, resumed = (make_engine(c) for _ in range(3))
-    straight.admit(spec)
-    broken.admit(spec)
-    losses = run(straight, 8)["t0"]
-    run(broken, 3)
-    checkpoint.save(tmp_path / "c", {"t0": broken.state("t0")})
-    resumed.admit(spec, checkpoint.load(tmp_path / "c")["t0"])
-    assert run(resumed, 5)["t0"] == losses[3:]
-    for kind in ("value", "m", "v"):
-        assert identical(straight.state("t0")[kind], resumed.state("t0")[kind])
+    *_, resumed = halted(make_engine, eight(), run, tmp_path / "c")
     assert any(t.dtype == torch.uint8 and t.unique().numel() > 9 for f in resumed.state("t0")["m"].values() for t in f)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_models import step_inputs
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -35,13 +36,11 @@ def train_with_peft(model, engine, spec, steps):
         own.values(), lr=spec.lr, betas=(spec.beta1, spec.beta2), weight_decay=spec.weight_decay
     )
     schedule = SCHEDULES[spec.schedule](optimiser, spec)
-    store, losses = engine.stores["train"], []
+    losses = []
     peft.train()
     for step in range(steps):
-        pairs = engine.pairs("all", step)
-        text = engine.validator.text(store, pairs)
-        pixels = engine.cm.family.pixel_values(engine.cm.processor, torch.from_numpy(store.pixels(pairs[:, 0])))
-        output = peft(**text, pixel_values=pixels.to(dtype))
+        text = step_inputs(engine, step, dtype)
+        output = peft(**text)
         loss = output.loss
         if dtype == torch.float64:  # transformers' own loss rounds the logits to fp32
             logits = output.logits[:, -text["labels"].shape[1] : -1]
