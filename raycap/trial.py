@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raycap.config import Config, check, parse_value
+from raycap.checks import check
+from raycap.config import Config, parse_value
 from raycap.errors import ConfigError, did_you_mean
 
 SWEEPABLE = (

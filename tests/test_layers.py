@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "raycap"
 LAYERS = ["data", "evaluate", "models", "train", "tune", "export", "serve", "report", "pipeline", "cli"]
-GROUND = {"errors", "files", "places", "storage", "config", "settings", "trial", "cluster", "presets", "stop"}
+GROUND = {"errors", "files", "places", "storage", "config", "checks", "settings", "trial", "cluster", "presets", "stop"}
 RAY_RIM = {"cluster.py", "data/stream.py", "train/worker.py", "train/keeper.py", "serve/app.py", "pipeline/remote.py"}
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raycap.config import Config, DecodeSettings, check_decode, parse_value
+from raycap.checks import check_decode
+from raycap.config import Config, DecodeSettings, parse_value
 from raycap.errors import ConfigError, UsageError, did_you_mean
 from raycap.settings import prompt_for
 

@@ -146,7 +146,7 @@ class AloneStack:
         self.grads.zero_()
 
     def hold_full(self, slots: Sequence[int]) -> torch.Tensor:
-        return self.value[:0]  # config.check refuses lora.full here
+        return self.value[:0]  # checks.check refuses lora.full here
 
     def put_full(self, slots: Sequence[int], kept: torch.Tensor) -> None:
         pass

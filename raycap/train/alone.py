@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raycap.config import Config, trains_alone, variants
+from raycap.checks import trains_alone, variants
+from raycap.config import Config
 from raycap.errors import ConfigError, ModelError
 from raycap.models import load_family
 from raycap.models.alone import AloneStack

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from raycap.config import Config, trains_alone
+from raycap.checks import trains_alone
+from raycap.config import Config
 from raycap.errors import ConfigError, RaycapError
 from raycap.models import load_family, resolve_path
 from raycap.models.base import IGNORED, CaptionModel, evaluating
