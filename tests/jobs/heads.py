@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -18,6 +19,10 @@ import requests
 
 ROOT = Path(__file__).resolve().parents[2]
 UP_S, JOB_S = 90, 420
+STARTS = 3
+"""Tries to start a head: its ports were free when they were asked for, and may be taken when Ray binds them."""
+OTHERS_PORTS = range(22_000, 32_000)
+"""Where nothing takes a port by chance: above Ray's workers' and the heads', below what the system hands out."""
 TINY = [
     "data.shapes_images=64,24,24", "train.steps=6", "train.batch=4", "train.warmup_steps=1", "train.val_images=12",
     "tune.trials=2", "tune.slots=2", "tune.default_trial=false", "evaluate.resamples=100", "evaluate.metrics=cider",
@@ -66,11 +71,23 @@ class Head:
     """A running head; `submit` is `ray job submit` from a shell, in the root of this repository."""
 
     python: Path
-    home: Path
+    folder: Path
     gcs: str
     dashboard: str
     metrics: str
+    agent_port: int
     environment: dict[str, str]
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "home"
+
+    def words(self) -> str:
+        """The ends of what the head and the parts of Ray whose end would be its own have written."""
+        logs = [self.folder / "head.log"]
+        for name in ("raylet.out", "raylet.err", "dashboard_agent.log", "dashboard.log", "gcs_server.out"):
+            logs += (self.folder / "ray").glob(f"session_2*/logs/{name}")
+        return "\n".join(f"-- {log}\n{log.read_text(errors='replace')[-1500:]}" for log in logs if log.is_file())
 
     def ray(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -121,27 +138,47 @@ class Head:
     def _get(self, path: str) -> dict:
         token = Path(self.environment.get("RAY_AUTH_TOKEN_PATH", os.devnull)).read_text().strip()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        answer = requests.get(self.dashboard + path, headers=headers, timeout=30)
+        try:
+            answer = requests.get(self.dashboard + path, headers=headers, timeout=30)
+        except requests.ConnectionError as error:
+            raise AssertionError(f"the head at {self.dashboard} does not answer: {error}\n{self.words()}") from error
         answer.raise_for_status()
         return answer.json()
 
 
 def free_ports(count: int) -> list[int]:
-    """Of the system's own range, which Ray hands to none of its workers."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    """Outside the system's own range, of which any process on the machine may be given one meanwhile."""
+    found: list[int] = []
+    for port in random.sample(OTHERS_PORTS, len(OTHERS_PORTS)):
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError(f"fewer than {count} free ports in {OTHERS_PORTS}")
 
 
 def start_head(
     folder: Path, python: Path, *, first_worker_port: int, **environment: str
 ) -> tuple[Head, subprocess.Popen]:
+    """A head that takes jobs; one that dies on its way there is started again on other ports, and says why if none lives."""
     home = folder / "home"
     home.mkdir()
     path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
     environment = clean_environment(home, PATH=path, RAY_JOB_STOP_WAIT_TIME_S="60", **environment)
+    for _ in range(STARTS):
+        head, process = _start(folder, python, first_worker_port, environment)
+        if _up(head, process):
+            return head, process
+        stop_head(process)
+    raise AssertionError(f"no head in {STARTS} tries; the last one's words:\n{head.words()}")
+
+
+def _start(
+    folder: Path, python: Path, first_worker_port: int, environment: dict[str, str]
+) -> tuple[Head, subprocess.Popen]:
     gcs, dashboard, client, metrics, agent, agent_grpc = free_ports(6)
     command = [
         python, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=3", f"--temp-dir={folder / 'ray'}",
@@ -152,17 +189,24 @@ def start_head(
     ]  # fmt: skip
     with open(folder / "head.log", "w") as log:
         process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{dashboard}"
+    at = "http://127.0.0.1"
+    return Head(
+        python, folder, f"127.0.0.1:{gcs}", f"{at}:{dashboard}", f"{at}:{metrics}/metrics", agent, environment
+    ), process
+
+
+def _up(head: Head, process: subprocess.Popen) -> bool:
+    """Whether the head came to take jobs: its agent starts last, and the node ends with it."""
     deadline = time.monotonic() + UP_S
-    while True:
+    asked = (f"{head.dashboard}/api/gcs_healthz", f"http://127.0.0.1:{head.agent_port}/api/local_raylet_healthz")
+    while process.poll() is None and time.monotonic() < deadline:
         try:
-            if requests.get(f"{url}/api/gcs_healthz", timeout=2).ok:
-                break
-        except requests.ConnectionError:
+            if all(requests.get(url, timeout=2).ok for url in asked):
+                return True
+        except requests.RequestException:
             pass
-        assert process.poll() is None and time.monotonic() < deadline, (folder / "head.log").read_text()
         time.sleep(0.3)
-    return Head(python, home, f"127.0.0.1:{gcs}", url, f"http://127.0.0.1:{metrics}/metrics", environment), process
+    return False
 
 
 def stop_head(process: subprocess.Popen) -> None:
