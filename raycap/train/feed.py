@@ -1,4 +1,4 @@
-"""The rows of a pack: its stores, filled from Ray Data while the base loads and trains."""
+"""The rows of a pack: its stores, filled while the base loads and trains; from Ray Data, when the set is worth its start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raycap.config import Config
 
 
 class Feed:
-    """Fills this worker's stores from its Ray Data streams, in a thread of its own; `error` is what stopped it.
+    """Fills this worker's stores from its streams, in a thread of its own; `error` is what stopped it.
 
     The streams are made here and not in the driver, which then imports neither Ray Data nor what prepares a row; and a
     store that is full already, or that another pack of this machine fills, starts none.
@@ -63,7 +63,7 @@ class Feed:
         return self._tokens
 
     def _fill(self) -> None:
-        from raycap.data.stream import dataset, fill
+        from raycap.data.stream import fill, stream
 
         try:
             for name, store in self.stores.items():
@@ -72,7 +72,7 @@ class Feed:
                 if store.row_groups is not None:
                     how = f"has no room for all, keeps {store.capacity} row groups of"
                 if store.owner:
-                    fill(store, dataset(self.folder, self.splits[name], self.prepare, store.ready))
+                    fill(store, stream(self.folder, self.splits[name], self.prepare, store.ready, self.log))
                 self.log(
                     f"{how} the store of {self.splits[name]}: {store.count} images, {time.monotonic() - began:.1f} s"
                 )

@@ -282,7 +282,7 @@ def _raycap_error(error: BaseException) -> RaycapError | None:
 
 
 def build_engine(config: Config, job: dict[str, Any], log: Callable[[str], None]) -> tuple[Any, Any, Any]:
-    """(engine, its checkpoints, feed): the base loaded here, rows arriving from Ray Data while it loads and trains."""
+    """(engine, its checkpoints, feed): the base loaded here, rows arriving while it loads and trains."""
     import torch
 
     from raycap.data.parquet import open_shards

@@ -4,6 +4,7 @@ What runs in Ray's workers is made inside functions, so that it travels by value
 """
 
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from raycap.config import from_dict
 from raycap.data.shards import open_shards, prepare
 from raycap.data.store import Store
-from raycap.data.stream import data_error, fill, local_batches
+from raycap.data.stream import data_error, fill, local_batches, prepared_table, stream
 from raycap.errors import DataError
 
 ROWS_PER_SHARD = 100
@@ -104,6 +105,64 @@ def test_a_full_store_is_left_as_it_is(shards_folder, prepare_row, tmp_path):
         yield
 
     assert fill(open_store(shards_folder, tmp_path), untouched()).complete
+
+
+@pytest.fixture
+def ray_data(monkeypatch):
+    """In place of Ray Data: reads as it does, and keeps what it was asked for: [row groups of a call]."""
+    asked = []
+
+    def reader(groups, prepare_row):
+        asked.append([g["offset"] for g in groups])
+        return [prepared_table(group, prepare_row) for group in reversed(groups)]
+
+    monkeypatch.setattr("raycap.data.stream.group_dataset", reader)
+    return asked
+
+
+def test_a_small_set_is_read_in_the_worker(ray_data, shards_folder, prepare_row, tmp_path):
+    here = fill(open_store(shards_folder, tmp_path / "a"), local_batches(shards_folder, "train", prepare_row))
+    said = []
+    rows = stream(shards_folder, "train", prepare_row, say=said.append)
+    assert_same(here, fill(open_store(shards_folder, tmp_path / "b"), rows))
+    assert not ray_data and said == ["train: 300 images read here, sooner than Ray Data starts"]
+
+
+def test_a_set_that_takes_longer_than_ray_data_is_handed_to_it_after_two_row_groups(
+    ray_data, shards_folder, prepare_row, tmp_path, monkeypatch
+):
+    here = fill(open_store(shards_folder, tmp_path / "a"), local_batches(shards_folder, "train", prepare_row))
+    monkeypatch.setattr("raycap.data.stream.START_S", 0.0)
+    said = []
+    rows = stream(shards_folder, "train", prepare_row, say=said.append)
+    assert_same(here, fill(open_store(shards_folder, tmp_path / "b"), rows))
+    offsets = [g["offset"] for g in open_shards(shards_folder).row_groups("train")]
+    assert ray_data == [offsets[2:]] and "200 by Ray Data" in said[0]
+
+
+def test_what_the_first_row_group_loads_once_does_not_decide(ray_data, shards_folder, prepare_row, monkeypatch):
+    spent = []
+
+    def loads_first(row):
+        end = time.thread_time() + (0 if spent else 0.5)
+        spent.append(row["row"])
+        while time.thread_time() < end:
+            pass
+        return prepare_row(row)
+
+    monkeypatch.setattr(
+        "raycap.data.stream.START_S", 0.6
+    )  # the other 200 rows at the first group's pace: over a second
+    assert sum(len(t) for t in stream(shards_folder, "train", loads_first)) == 300 and not ray_data
+
+
+def test_rows_that_are_in_are_not_read_again(ray_data, shards_folder, prepare_row):
+    groups = open_shards(shards_folder).row_groups("train")
+    ready = np.ones(300, dtype=bool)
+    for group in groups[1:3]:
+        ready[group["offset"]] = False
+    came = [row for table in stream(shards_folder, "train", prepare_row, ready) for row in table["row"].to_pylist()]
+    assert came == [row for g in groups[1:3] for row in range(g["offset"], g["offset"] + g["rows"])]
 
 
 def test_a_data_error_is_found_under_what_wraps_it():
