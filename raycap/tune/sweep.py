@@ -150,6 +150,8 @@ class _Sweep:
         resources = pack_resources(ray, packs, clients, workers)
         context = ray.get_runtime_context()
         self.name = _board_name(config, run_dir)
+        if shards:  # without, the engine is not the real one
+            warm_up(config)
         _free_name(ray, self.name)
         plan = {
             "run": config.run.name or run_dir.name, "run_dir": str(run_dir), "driver": self.driver,
