@@ -43,6 +43,7 @@ class AloneStack:
         self.model, self.keys, self.family, self.device, self.moments = model, keys, family, device, moments
         self.dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
         self.full: set[str] = set()
+        self.spans = [slice(0, 1)]
         self.layers: dict[str, Any] = {}
         """peft's layer by the path of the linear that it is around, or a prompt by that of the word embeddings."""
         self.parameters: dict[str, list[nn.Parameter]] = {}
@@ -66,7 +67,9 @@ class AloneStack:
 
     # --- building -----------------------------------------------------------------------------------------------------
 
-    def rebuild(self, specs: Sequence[TrialSpec], slots: Sequence[Mapping[str, Weights]]) -> None:
+    def rebuild(
+        self, specs: Sequence[TrialSpec], slots: Sequence[Mapping[str, Weights]], spans: Sequence[int] = ()
+    ) -> None:
         """Put the one slot in, {value, m, v: {path: tensors}}. Tensors that `value` lacks begin as peft has them: of
         DoRA the magnitude, which is that of the base's weight."""
         self.unwrap()

@@ -1,7 +1,7 @@
 """A linear and many adapters on it as one operation, forward and backward written out.
 
 Shapes: K slots, R the widest rank among them, I inputs, O outputs of a linear, n rows x positions of a slot, b rows of a
-slot. `site` is the module that applies it (raycap.models.stacked): it has A, B and where their gradients add up.
+slot. `part` (raycap.models.stacked) has A, B and where their gradients add up; `site` is the module that applies it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from raycap.models.dropout import put_on
 class AddLora(torch.autograd.Function):
     """y += (x A^T) B^T, slot by slot and in place, with the products of both directions written out.
 
-    y [K*b, ..., O], x [K*b, ..., I]; A, B and where their gradients add up are `site`'s. `mask` [d, n, I] drops parts
+    y [K*b, ..., O], x [K*b, ..., I]; A, B and where their gradients add up are `part`'s. `mask` [d, n, I] drops parts
     of x for the first d slots. `anchor` requires a gradient, so that backward comes here where neither x nor y does.
     """
 
     @staticmethod
-    def forward(ctx, y, x, anchor, site, mask):
-        A, B = site.A, site.B
+    def forward(ctx, y, x, anchor, part, mask):
+        A, B = part.A, part.B
         slots = A.shape[0]
         rows, out = x.reshape(slots, -1, x.shape[-1]), y.view(slots, -1, y.shape[-1])
         dropped = None if mask is None else put_on(rows[: len(mask)], mask)
         narrow = torch.empty(*rows.shape[:2], A.shape[1], dtype=A.dtype, device=A.device)
-        for part, inner in _parts(rows, dropped):
-            _product(inner, A[part].mT, narrow[part])
+        for some, inner in _halves(rows, dropped):
+            _product(inner, A[some].mT, narrow[some])
         _add_product(out, narrow, B.mT)
         ctx.mark_dirty(y)
-        ctx.site, ctx.lane = site, site.keys.lane
+        ctx.part = part
         ctx.save_for_backward(rows, narrow, A, B, mask, dropped)
         return y
 
@@ -56,17 +56,17 @@ class LoraLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, anchor, site, weight, bias, mask):
-        A, B = site.A, site.B
+    def forward(ctx, x, anchor, site, part, weight, bias, mask):
+        A, B = part.A, part.B
         slots = A.shape[0]
         rows = x.reshape(slots, -1, x.shape[-1])
         y = torch.nn.functional.linear(rows, weight, bias)
         dropped = None if mask is None else put_on(rows[: len(mask)], mask)
         narrow = torch.empty(*rows.shape[:2], A.shape[1], dtype=A.dtype, device=A.device)
-        for part, inner in _parts(rows, dropped):
-            _product(inner, A[part].mT, narrow[part])
+        for some, inner in _halves(rows, dropped):
+            _product(inner, A[some].mT, narrow[some])
         _add_product(y, narrow, B.mT)
-        ctx.site, ctx.lane = site, site.keys.lane
+        ctx.site, ctx.part = site, part
         # A weight that was unpacked for this is unpacked again: keeping it would take the memory that packing saves.
         ctx.save_for_backward(rows, narrow, A, B, None if site.packed else weight, mask, dropped)
         return y.view(*x.shape[:-1], -1)
@@ -87,20 +87,20 @@ class LoraLinear(torch.autograd.Function):
             if drops < A.size(0):
                 _add_product(grad_x[drops:], grad_narrow[drops:], A[drops:])
             grad_x = grad_x.view(*grad.shape[:-1], -1)
-        return grad_x, None, None, None, None, None
+        return grad_x, None, None, None, None, None, None
 
 
 def _adapter_gradients(ctx, g, rows, narrow, B, dropped) -> torch.Tensor:
     """Add A's and B's gradients up where they are collected; that of `narrow` [K, n, R]."""
-    grad_A, grad_B = ctx.site.grads[ctx.lane]
+    grad_A, grad_B = ctx.part.grads
     _add_product(grad_B, g.mT, narrow)
     grad_narrow = _product(g, B, torch.empty_like(narrow))
-    for part, inner in _parts(rows, dropped):
-        _add_product(grad_A[part], grad_narrow[part].mT, inner)
+    for some, inner in _halves(rows, dropped):
+        _add_product(grad_A[some], grad_narrow[some].mT, inner)
     return grad_narrow
 
 
-def _parts(rows: torch.Tensor, dropped: torch.Tensor | None) -> list[tuple[slice, torch.Tensor]]:
+def _halves(rows: torch.Tensor, dropped: torch.Tensor | None) -> list[tuple[slice, torch.Tensor]]:
     """The slots with dropout and those without, each with what their A is applied to."""
     if dropped is None:
         return [(slice(None), rows)]
@@ -128,13 +128,13 @@ class FullLinear(torch.autograd.Function):
     """y [K*b, ..., O] = x W^T + c with each slot's own W [K, O, I] and c [K, O, 1] (or [K, O, 0] for none)."""
 
     @staticmethod
-    def forward(ctx, x, anchor, site, lane):
-        W, c = site.A, site.B
+    def forward(ctx, x, anchor, part):
+        W, c = part.A, part.B
         rows = x.reshape(len(W), -1, x.shape[-1])
         y = torch.bmm(rows, W.mT)
         if c.shape[2]:
             y += c.mT
-        ctx.site, ctx.lane, ctx.shape = site, lane, x.shape
+        ctx.part, ctx.shape = part, x.shape
         ctx.save_for_backward(rows, W)
         return y.view(*x.shape[:-1], W.shape[1])
 
@@ -143,9 +143,9 @@ class FullLinear(torch.autograd.Function):
     def backward(ctx, grad):
         rows, W = ctx.saved_tensors
         g = grad.reshape(len(W), -1, grad.shape[-1])
-        grad_W, grad_c = ctx.site.grads[ctx.lane]
+        grad_W, grad_c = ctx.part.grads
         _add_product(grad_W, g.mT, rows)
         if grad_c.shape[2]:
             grad_c += g.sum(1)[:, :, None]
         grad_x = torch.bmm(g, W).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, None
+        return grad_x, None, None

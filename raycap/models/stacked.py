@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +31,18 @@ KINDS = ("value", "m", "v")
 """A slot's parameters, and AdamW's two moments of them."""
 
 
+class Part(NamedTuple):
+    """What one lane applies at a site: neighbouring slots of the stacks, as wide as the widest of them."""
+
+    A: torch.Tensor
+    """[K, R, I]; B is [K, O, R] and holds alpha / r too. Views of the stacks, as are the gradients."""
+    B: torch.Tensor
+    grads: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Where those of A and B add up."""
+    limits: torch.Tensor | None = None
+    """Dropout thresholds [d] of the slots that drop, which come first."""
+
+
 class StackedLora(nn.Module):
     """A base linear and the slots' adapters on it. Without adapters bound it is the base linear."""
 
@@ -38,27 +52,27 @@ class StackedLora(nn.Module):
         self.packed = is_packed(base)
         """Whether the base's weight is in 4 or 8 bits, and not kept dense beside them."""
         self.anchor = torch.zeros((), requires_grad=True)
-        self.A: torch.Tensor | None = None
-        """[K, R, I]; B is [K, O, R] and holds alpha / r too. Views of the stacks, as are the gradients."""
-        self.B: torch.Tensor | None = None
-        self.grads: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """Those of A and B, for each lane."""
-        self.limits: torch.Tensor | None = None
-        """Dropout thresholds [d] of the slots that drop, which come first."""
+        self.parts: list[Part] = []
+        """A part for each lane; none while no adapters are bound."""
+
+    @property
+    def part(self) -> Part:
+        """What the lane at work in this thread applies."""
+        return self.parts[self.keys.lane]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.A is None:
+        if not self.parts:
             return self.base(x)
-        mask = None
-        if self.limits is not None and self.training and self.keys.on:
-            mask = self.keys.mask(f"lora:{self.name}", x.shape, self.limits)
-        kind = self.A.dtype
+        part, mask = self.part, None
+        if part.limits is not None and self.training and self.keys.on:
+            mask = self.keys.mask(f"lora:{self.name}", x.shape, part.limits)
+        kind = part.A.dtype
         weight = self.frozen_weight()
         if weight is not None:
             bias = None if self.base.bias is None else self.base.bias.to(kind)
-            return LoraLinear.apply(x.to(kind), self.anchor, self, weight, bias, mask).to(x.dtype)
+            return LoraLinear.apply(x.to(kind), self.anchor, self, part, weight, bias, mask).to(x.dtype)
         y = self.base(x)
-        return AddLora.apply(y.to(kind), x.to(kind), self.anchor, self, mask).to(y.dtype)
+        return AddLora.apply(y.to(kind), x.to(kind), self.anchor, part, mask).to(y.dtype)
 
     def frozen_weight(self) -> torch.Tensor | None:
         """What the base multiplies with [O, I], where that is all it does and in the adapters' dtype; else None."""
@@ -66,7 +80,7 @@ class StackedLora(nn.Module):
             weight = dequantise(self.base)
         else:
             weight = self.base.weight if type(self.base) is nn.Linear else getattr(self.base, "dense", None)
-        return None if weight is None or weight.dtype != self.A.dtype or weight.requires_grad else weight
+        return None if weight is None or weight.dtype != self.parts[0].A.dtype or weight.requires_grad else weight
 
     # What code around a linear may ask of it.
     @property
@@ -87,12 +101,13 @@ class StackedLora(nn.Module):
 
 
 class StackedFull(StackedLora):
-    """A base linear that each slot has a copy of its own of: A is its weight [K, O, I], B its bias [K, O, 1]."""
+    """A base linear that each slot has a copy of its own of: a part's A is the weight [K, O, I], its B the bias [K, O, 1]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.A is None:
+        if not self.parts:
             return self.base(x)
-        return FullLinear.apply(x.to(self.A.dtype), self.anchor, self, self.keys.lane).to(x.dtype)
+        part = self.part
+        return FullLinear.apply(x.to(part.A.dtype), self.anchor, part).to(x.dtype)
 
 
 class Stacks:
@@ -119,7 +134,9 @@ class Stacks:
         """Of a slot's row, what holds the linears that are trained in full."""
         self.value = self.m = self.v = self.grads = self._work = self.room = self.tail = empty
         self._work_grads: list[torch.Tensor] = []
-        """Where backward adds up, a tensor [K, P] a lane."""
+        """Where backward adds up, tensors [K, P]: one that all lanes share, or a lane each where they share slots."""
+        self.spans: list[slice] = []
+        """The slots of each piece of a step: spans of all slots, a lane each; or all of them, once."""
 
     def site(self, path: str) -> StackedLora:
         """The module at `path`, made able to carry adapters."""
@@ -141,8 +158,14 @@ class Stacks:
 
     # --- building -----------------------------------------------------------------------------------------------------
 
-    def rebuild(self, specs: Sequence[TrialSpec], slots: Sequence[Mapping[str, Weights]]) -> None:
-        """Stack `slots`, each {value, m, v: {path: (A, B)}} at its own rank; slots with dropout must come first."""
+    def rebuild(
+        self, specs: Sequence[TrialSpec], slots: Sequence[Mapping[str, Weights]], spans: Sequence[int] = ()
+    ) -> None:
+        """Stack `slots`, each {value, m, v: {path: (A, B)}} at its own rank.
+
+        `spans` is how many slots each lane has, in their order; without it every lane has all. The slots with dropout
+        come first in each span.
+        """
         self._clear()
         self.rebuilds += 1
         self.specs = list(specs)
@@ -161,7 +184,9 @@ class Stacks:
         self.grads = self.room[: self.value.numel()].view_as(self.value)
         self.tail = self.room[self.value.numel() :]
         self._work = torch.zeros_like(self.value, dtype=self.compute_dtype)
-        self._work_grads = [torch.zeros_like(self._work) for _ in range(self.lanes)]
+        ends = list(accumulate(spans or [len(specs)]))
+        self.spans = [slice(end - size, end) for end, size in zip(ends, spans or [len(specs)])]
+        self._work_grads = [torch.zeros_like(self._work) for _ in range(1 if spans else self.lanes)]
         self.scale = self._column([s.scale for s in specs])
         # What dropout leaves is scaled up through B as well, not element by element.
         self.train_scale = self._column([s.scale / kept_share(s.dropout) for s in specs])
@@ -195,16 +220,30 @@ class Stacks:
         return a, flat[:, up : up + outputs * wide].view(-1, outputs, wide)
 
     def _bind(self, work: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
-        """Let the modules use `work` [K', P]; with `grads` to train, each lane's gradients adding up in one of them."""
-        dropping = [s.dropout for s in self.specs if s.dropout > 0]
-        limits = drop_limits(dropping, self.device) if dropping and grads else None
+        """Let the modules use `work` [K', P]; with `grads` to train, the lanes' gradients adding up there."""
+        spans = [slice(0, len(work))]
+        if grads:
+            spans = self.spans if len(self.spans) > 1 else self.spans * len(grads)
+        limits, ranks = [], []
+        for span in spans:
+            shares = [s.dropout for s in self.specs[span] if s.dropout > 0] if grads else []
+            limits.append(drop_limits(shares, self.device) if shares else None)
+            ranks.append(max((s.r for s in self.specs[span]), default=0) if grads else self.rank)
         for path, site in self.sites.items():
-            site.A = site.B = None
-            site.grads = []
-            site.limits = limits
-            if path in self._places and len(work):
-                site.A, site.B = self.views(work, path)
-                site.grads = [self.views(lane, path) for lane in grads]
+            site.parts = []
+            if path not in self._places or not len(work):
+                continue
+            full = path in self.full
+
+            def cut(flat: torch.Tensor, span: slice, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+                a, b = self.views(flat, path)  # noqa: B023 (used at once)
+                return (a[span], b[span]) if full else (a[span, :rank], b[span, :, :rank])  # noqa: B023
+
+            for lane, (span, rank, limit) in enumerate(zip(spans, ranks, limits)):
+                own = cut(grads[min(lane, len(grads) - 1)], span, rank) if grads else None
+                site.parts.append(Part(*cut(work, span, rank), own, limit))
+            if not grads:
+                site.parts *= self.lanes
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -218,8 +257,8 @@ class Stacks:
         torch.mul(value[:, self.half :], scale, out=work[:, self.half :])
 
     def collect(self, lanes: int = 1) -> None:
-        """Take what the backward of a piece left in the first `lanes` lanes into `grads` [K, P], the gradients of the
-        parameters; always in the lanes' order."""
+        """Take what the backward of `lanes` pieces left into `grads` [K, P], the gradients of the parameters; where lanes
+        have added up apart, always in their order."""
         for work in self._work_grads[:lanes]:
             downs, ups = work[:, : self.half], work[:, self.half :]
             if self._collected:

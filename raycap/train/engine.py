@@ -71,6 +71,8 @@ class PackEngine(Slots):
         """Rows of an effective batch that are this worker's, at most."""
         self.micro = min(config.train.batch // config.train.accumulation, self.share)
         """Rows of a slot computed at once; halved when memory runs out."""
+        self.whole = self.micro
+        """The same before any halving."""
         self.padding = Padding()
         self.validator = Validator(cm, self.images, config, self.lanes, self.group)
 
@@ -176,12 +178,16 @@ class PackEngine(Slots):
         begin, end = self._cuts(self.share, slots)[0][0]
         return (end - begin) * (1 if self.images.shared else slots)
 
+    def _lanes_for(self, slots: int) -> int:
+        return self.lanes.of_slots(self.whole, slots)
+
     def _cuts(self, rows: int, slots: int) -> list[list[tuple[int, int]]]:
-        """Where a batch is cut: for each micro-batch, the [begin, end) of its pieces, a lane each."""
-        cuts = []
+        """Where a batch is cut: for each micro-batch, the [begin, end) of its rows, a lane each where lanes take rows."""
+        cuts, whole = [], self._lanes_for(slots) > 1
         for first in range(0, rows, self.micro):
             count = min(self.micro, rows - first)
-            ends = np.linspace(first, first + count, min(count, self.lanes.worth(count * slots)) + 1).astype(int)
+            lanes = 1 if whole else min(count, self.lanes.worth(count * slots))
+            ends = np.linspace(first, first + count, lanes + 1).astype(int)
             cuts.append(list(zip(ends[:-1].tolist(), ends[1:].tolist())))
         return cuts
 
@@ -202,15 +208,19 @@ class PackEngine(Slots):
         losses = torch.zeros(len(slots), device=self.device, dtype=self.stacks.dtype)
         self.stacks.refresh()
 
-        def piece(lane: int, part: tuple[int, np.ndarray, torch.Tensor]) -> torch.Tensor:
-            first, pairs, images = part
-            text = self.validator.text(train, pairs, times=len(slots) if shared else 1)
+        def piece(lane: int, part: tuple[slice, int, np.ndarray, torch.Tensor]) -> torch.Tensor:
+            span, first, pairs, images = part
+            count = len(seeds[span])
+            text = self.validator.text(train, pairs, times=count if shared else 1)
+            rows = len(text["labels"]) // count
             self.keys.lane = lane
-            self.keys.set(seeds, steps, self.device, rank + first * workers, len(text["labels"]) // len(slots), workers)
+            self.keys.set(seeds[span], steps[span], self.device, rank + first * workers, rows, workers)
             try:
                 output = self.cm.family.label_logits(self.cm, text, images)
-                gradient, rows = output.logits.detach(), len(text["labels"]) // len(slots)
-                found = slot_losses(gradient, output.labels, output.rows, rows, tokens, gradient=True, scales=scales)
+                gradient, scaled = output.logits.detach(), None if scales is None else scales[span]
+                found = slot_losses(
+                    gradient, output.labels, output.rows, rows, tokens[span], gradient=True, scales=scaled
+                )
                 output.logits.backward(gradient)
             finally:
                 self.keys.clear()
@@ -219,12 +229,14 @@ class PackEngine(Slots):
         for cuts in self._cuts(len(batches[0]), len(slots)):
             parts = []
             for begin, end in cuts:
-                pairs = np.concatenate([batch[begin:end] for batch in batches])
                 # Slots that differ in their choice of captions still share one copy of the images.
-                images = batches[0][begin:end, 0] if same_images else pairs[:, 0]
-                parts.append((begin, pairs, self.images.rows(train, images)))
-            for found in self.lanes.run(piece, parts):
-                losses += found
+                images = self.images.rows(train, batches[0][begin:end, 0]) if same_images else None
+                for span in self.stacks.spans:
+                    pairs = np.concatenate([batch[begin:end] for batch in (batches if shared else batches[span])])
+                    looked = self.images.rows(train, pairs[:, 0]) if images is None else images
+                    parts.append((span, begin, pairs, looked))
+            for (span, *_), found in zip(parts, self.lanes.run(piece, parts)):
+                losses[span] += found
             self.stacks.collect(len(parts))
         return losses
 

@@ -1,8 +1,10 @@
-"""Pieces of one step side by side: on a CPU, threads with a part of the rows each, instead of more cores an operation.
+"""Pieces of one step side by side: on a CPU, threads with a part of the work each, instead of more cores an operation.
 
-A pack's operations are small: shared between cores one by one they wait for each other at every end. A lane takes a
-part of the rows through all of them with the cores that are its own, and meets the other lanes once, when gradients are
-added up in the lanes' order. So the result depends on how many lanes there are, not on which one is done first.
+A pack's operations are small: shared between cores one by one they wait for each other at every end. A lane takes its
+part through all of them with the cores that are its own, and meets the other lanes once. In a training step that part
+is some of the slots, those of like rank, which share nothing that is trained; where there are fewer slots than lanes,
+and in validation, it is some of the rows, and gradients are added up in the lanes' order. Either way the result depends
+on how many lanes there are, not on which one is done first.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -41,6 +44,11 @@ class Lanes:
     def worth(self, rows: int) -> int:
         """How many lanes to spread `rows` rows over."""
         return max(1, min(self.count, rows // self.min_rows))
+
+    def of_slots(self, rows: int, slots: int) -> int:
+        """How many lanes to spread `slots` slots of `rows` rows over, whole ones; 1 where they are not enough."""
+        lanes = self.worth(rows * slots)
+        return lanes if slots >= lanes else 1
 
     def run(self, work: Callable[[int, T], R], items: Sequence[T]) -> list[R]:
         """`work(lane, item)` of every item, in order. One item is done in this thread, with all of its cores.
@@ -87,6 +95,34 @@ class Lanes:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
+
+
+RANK_COST = 1 / 160
+"""What one more of rank costs a slot, in its other work. (A width of 128: rank 32 is a fifth more than rank 2.)"""
+
+
+def like_ranks(ranks: Sequence[int], groups: int) -> list[list[int]]:
+    """Indices of `ranks` in `groups` groups (or fewer slots) whose dearest is as cheap as can be, highest ranks first.
+
+    A group computes with the widest rank in it, so neighbours in rank go together: of a group of n that is a cost of
+    n (1 + RANK_COST r_max). Equal ranks stay in their order.
+    """
+    order = sorted(range(len(ranks)), key=lambda i: -ranks[i])
+
+    @lru_cache(None)
+    def best(begin: int, left: int) -> tuple[float, tuple[int, ...]]:
+        """(cost of the dearest group, ends of the groups) of what is left from `begin` on."""
+        most = 1 + RANK_COST * ranks[order[begin]]
+        if left == 1:
+            return (len(order) - begin) * most, (len(order),)
+        found = []
+        for end in range(begin + 1, len(order) - left + 2):
+            cost, ends = best(end, left - 1)
+            found.append((max(cost, (end - begin) * most), (end, *ends)))
+        return min(found)
+
+    ends = best(0, groups)[1]
+    return [order[begin:end] for begin, end in zip((0, *ends), ends)]
 
 
 def lanes_for(device: torch.device) -> Lanes:

@@ -17,7 +17,7 @@ from raycap.models.base import CaptionModel, checkpoint_layers
 from raycap.models.dropout import Keys, SharedKeys, key_base_dropout
 from raycap.models.lora import Weights, export_adapter, import_adapter, start
 from raycap.models.stacked import KINDS, Stacks
-from raycap.train.lanes import Lanes, lanes_for
+from raycap.train.lanes import Lanes, lanes_for, like_ranks
 from raycap.train.optim import FIRST_LOSS_SCALE, LossScale, StackedAdamW
 from raycap.trial import TrialSpec, values_of
 
@@ -218,15 +218,30 @@ class Slots:
 
     def _stack(self, trial_ids: list[str]) -> None:
         """Put exactly these slots into the stacks; nothing happens while they are the same."""
-        # Slots with dropout first: masks are drawn for a leading part of the stacks.
-        wanted = sorted(trial_ids, key=lambda t: self.slots[t].spec.dropout == 0)
+        groups = self._groups(trial_ids)
+        wanted = [t for group in groups for t in group]
         if wanted == self.stacked:
             return
         self._unstack()
         chosen = [self.slots[t] for t in wanted]
-        self.stacks.rebuild([s.spec for s in chosen], [s.tensors for s in chosen])
+        spans = [len(group) for group in groups] if len(groups) > 1 else []
+        self.stacks.rebuild([s.spec for s in chosen], [s.tensors for s in chosen], spans)
         self.optimiser = self._make_optimiser(chosen)
         self.stacked = wanted
+
+    def _groups(self, trial_ids: list[str]) -> list[list[str]]:
+        """Which slots go through a step together: one group for each lane, or all of them in one.
+
+        In each those with dropout come first, because masks are drawn for a leading part of it.
+        """
+        ranks = [self.slots[t].spec.r for t in trial_ids]
+        lanes = self._lanes_for(len(trial_ids))
+        groups = like_ranks(ranks, lanes) if lanes > 1 else [list(range(len(trial_ids)))]
+        return [sorted((trial_ids[i] for i in g), key=lambda t: self.slots[t].spec.dropout == 0) for g in groups]
+
+    def _lanes_for(self, slots: int) -> int:
+        """Lanes that take slots of a step, each its own; one where lanes take rows instead, or there is only one."""
+        return 1
 
     def _unstack(self) -> None:
         """Cut the stacks back into the slots that they were made from."""

@@ -25,7 +25,7 @@ from raycap.storage import is_url
 from raycap.train.record import FINAL_STATES, TrialRecord, read_records
 from raycap.train.shelf import FEATURES, train_storage
 from raycap.trial import TrialSpec
-from raycap.tune.launch import STOPPING, Worker, pack_worker, tune_worker
+from raycap.tune.launch import STOPPING, Worker, pack_worker, tune_worker, warm_up
 from raycap.tune.mirror import Mirror, holders
 from raycap.tune.nodes import check_nodes, things_to_see, without_room
 from raycap.tune.schedule import PackAsha, PackFifo, RungLedger, planned_rungs
