@@ -281,22 +281,6 @@ def _raycap_error(error: BaseException) -> RaycapError | None:
     return data_error(error)
 
 
-def import_all(config: dict[str, Any]) -> int:
-    """Import what `build_engine` does with these settings, and keep nothing; the process's id. Errors are its to tell."""
-    from contextlib import suppress
-
-    with suppress(Exception):
-        from raycap.models import load_family, resolve_path
-        from raycap.train import alone, engine, feed  # noqa: F401
-
-        model = from_dict(config).model
-        family = load_family(model.family, model)
-        family.load_processor(resolve_path(model.path), trust_remote_code=model.trust_remote_code)
-        if model.quantisation != "none":
-            import bitsandbytes  # noqa: F401
-    return os.getpid()
-
-
 def build_engine(config: Config, job: dict[str, Any], log: Callable[[str], None]) -> tuple[Any, Any, Any]:
     """(engine, its checkpoints, feed): the base loaded here, rows arriving while it loads and trains."""
     import torch

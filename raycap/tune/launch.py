@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raycap.config import Config
 from raycap.storage import Storage
 from raycap.train.shelf import train_storage
 from raycap.tune.nodes import spread
@@ -62,28 +61,6 @@ def tune_worker(trials: list[str], scheduler: Any, job: dict[str, Any], *, clien
         ).fit()
 
     return Worker("tune", work)
-
-
-def warm_up(config: Config) -> None:
-    """Have what a pack imports, five seconds of it, imported in its process while Ray Train's own parts still start.
-
-    For the one pack of a private Ray on a CPU. Ray gives an actor an idle process where one has the actor's runtime
-    environment; so that this one is idle when Train asks, it holds the CPU that the pack waits for until then. Should
-    Ray start another process all the same, that one imports for itself.
-    """
-    import ray
-    from ray.train.v2._internal.constants import get_env_vars_to_propagate
-
-    from raycap.cluster import PACK_CPUS, private
-    from raycap.train.worker import import_all
-
-    have = ray.cluster_resources()
-    if not private() or have.get("GPU") or config.tune.packs * config.train.workers > 1:
-        return
-    held = have["CPU"] - PACK_CPUS / 2  # leaves too little for the pack, enough for what else starts
-    ray.remote(num_cpus=held, max_retries=0, runtime_env={"env_vars": get_env_vars_to_propagate()})(import_all).remote(
-        config.to_dict()
-    )
 
 
 def pack_worker(job: dict[str, Any], resources: dict[str, float], retries: int, workers: int = 1) -> Worker:

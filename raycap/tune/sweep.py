@@ -25,7 +25,7 @@ from raycap.storage import is_url
 from raycap.train.record import FINAL_STATES, TrialRecord, read_records
 from raycap.train.shelf import FEATURES, train_storage
 from raycap.trial import TrialSpec
-from raycap.tune.launch import STOPPING, Worker, pack_worker, tune_worker, warm_up
+from raycap.tune.launch import STOPPING, Worker, pack_worker, tune_worker
 from raycap.tune.mirror import Mirror, holders
 from raycap.tune.nodes import check_nodes, things_to_see, without_room
 from raycap.tune.schedule import PackAsha, PackFifo, RungLedger, planned_rungs
@@ -150,8 +150,6 @@ class _Sweep:
         resources = pack_resources(ray, packs, clients, workers)
         context = ray.get_runtime_context()
         self.name = _board_name(config, run_dir)
-        if shards:  # without, the engine is not the real one
-            warm_up(config)
         _free_name(ray, self.name)
         plan = {
             "run": config.run.name or run_dir.name, "run_dir": str(run_dir), "driver": self.driver,
