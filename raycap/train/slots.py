@@ -232,8 +232,10 @@ class Slots:
     def _groups(self, trial_ids: list[str]) -> list[list[str]]:
         """Which slots go through a step together: one group for each lane, or all of them in one.
 
-        In each those with dropout come first, because masks are drawn for a leading part of it.
+        In each those with dropout come first, because masks are drawn for a leading part of it. Who goes with whom
+        depends on the trials alone, not on the order in which they came.
         """
+        trial_ids = sorted(trial_ids)
         ranks = [self.slots[t].spec.r for t in trial_ids]
         lanes = self._lanes_for(len(trial_ids))
         groups = like_ranks(ranks, lanes) if lanes > 1 else [list(range(len(trial_ids)))]

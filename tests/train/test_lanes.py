@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
 
-from raycap.train.lanes import Lanes, lanes_for
+from raycap.train.lanes import RANK_COST, Lanes, lanes_for, like_ranks
 
 
 def with_lanes(engine, count):
@@ -17,15 +19,19 @@ def with_lanes(engine, count):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_lanes_train_what_one_lane_trains(make_engine, config, specs, run, delta, dropout):
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_lanes_train_what_one_lane_trains(make_engine, config, specs, run, delta, slots, dropout):
+    """Three lanes: rows are spread over them for one slot and two, slots for five."""
     c = config(train__base_dropout=dropout > 0)
     engines = [with_lanes(make_engine(c, dtype="fp64"), count) for count in (1, 3)]
     losses = []
     for engine in engines:
-        for spec in specs(c, 3, dropout=dropout):
+        for spec in specs(c, slots, dropout=dropout):
             engine.admit(spec)
         losses.append(run(engine, 6))
     one, other = engines
+    assert len(other.stacks.spans) == (3 if slots == 5 else 1)
+    assert len(other.stacks._work_grads) == (1 if slots == 5 else 3), "what lanes do not share needs no copy each"
     for trial_id in one.active:
         assert losses[1][trial_id] == pytest.approx(losses[0][trial_id], rel=1e-9)
         assert delta(one.state(trial_id)["value"], other.state(trial_id)["value"]) < 1e-9
@@ -103,6 +109,36 @@ def test_lanes_share_the_cores_of_those_without_work():
 def test_rows_are_spread_over_as_many_lanes_as_are_worth_it():
     assert [Lanes(2, 1).worth(rows) for rows in (4, 16, 31, 32, 64)] == [1, 1, 1, 2, 2]
     assert Lanes(4, 1).worth(48) == 3
+
+
+def test_slots_are_spread_where_each_lane_gets_some():
+    assert [Lanes(2, 1).of_slots(16, slots) for slots in (1, 2, 3, 12)] == [1, 2, 2, 2]
+    assert [Lanes(4, 1).of_slots(64, slots) for slots in (1, 2, 3, 4)] == [1, 1, 1, 4]  # else rows are
+    assert Lanes(1, 2).of_slots(16, 12) == 1
+    assert Lanes(4, 1).of_slots(1, 40) == 2  # one row a slot: 16 slots are worth a lane
+
+
+def test_slots_of_like_rank_go_together_and_no_lane_waits_long():
+    ranks = [2, 32, 8, 2, 16, 4, 32, 8, 4, 32, 8, 2]
+    for groups in (1, 2, 3, 4, 12):
+        found = like_ranks(ranks, groups)
+        assert len(found) == groups and sorted(i for g in found for i in g) == list(range(12)) and all(found)
+        spans = [[ranks[i] for i in g] for g in found]
+        assert all(min(a) >= max(b) for a, b in pairwise(spans))
+    cost = [len(g) * (1 + RANK_COST * max(ranks[i] for i in g)) for g in like_ranks(ranks, 2)]
+    every = [max(n * (1 + RANK_COST * 32), (12 - n) * (1 + RANK_COST * sorted(ranks)[::-1][n])) for n in range(1, 12)]
+    assert max(cost) == pytest.approx(min(every))
+    assert like_ranks([8] * 6, 2) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_narrow_lane_computes_no_wider_than_its_own_ranks(make_engine, config, specs):
+    engine = with_lanes(make_engine(config()), 2)
+    for spec, rank in zip(specs(config(), 4), (2, 16, 2, 16)):
+        engine.admit(dataclasses.replace(spec, r=rank))
+    engine.step()
+    site = next(s for s in engine.stacks.sites.values() if s.parts)
+    assert [tuple(part.A.shape[:2]) for part in site.parts] == [(2, 16), (2, 2)]
+    assert engine.stacks.value.shape[1] == engine.stacks.width and engine.stacks.rank == 16
 
 
 def test_a_little_work_is_done_by_one_thread_and_the_others_come_back():
