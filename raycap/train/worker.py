@@ -65,6 +65,8 @@ def pack_loop(job: dict[str, Any]) -> None:
         if group:
             group.leave()  # or the others would wait for this worker
         return
+    if mine and not rank:
+        board.arrive.remote(name)
     with closing(shelf), _log_file(shelf.log_file) as log:
         log(f"{name} starts: pid {os.getpid()} on {node}, parent {os.getppid()}")
         if not mine:

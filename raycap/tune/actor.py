@@ -42,6 +42,9 @@ class BoardActor:
         """Whose board it is: a worker of an earlier driver finds it under the same name, and leaves."""
         return self._driver
 
+    async def arrive(self, pack: str) -> None:
+        self.board.arrive(pack)
+
     async def lease(self, trial_id: str, client: str) -> None:
         self.board.lease(trial_id, client)
         self._wake()

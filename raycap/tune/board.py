@@ -97,6 +97,7 @@ class Board:
                 seat.record.state = "waiting"
         self.began = clock()
         self.packs: dict[str, PackSeat] = {}
+        self.arrived: set[str] = set()
         self.lost: set[str] = set()
         self.stopping = False
         self.error: dict[str, str] | None = None
@@ -142,6 +143,10 @@ class Board:
             seat.client = ""
 
     # The pack's side -------------------------------------------------------------------------------------------
+
+    def arrive(self, pack: str) -> None:
+        """A pack's worker has its place, and begins to load."""
+        self.arrived.add(pack)
 
     def register(self, pack: str, nonce: str, pid: int, report: Mapping[str, Any]) -> dict[str, Any]:
         """A pack's worker (re)starts, with the trials that its checkpoint holds."""
@@ -277,6 +282,7 @@ class Board:
             "packs": {name: {"pid": p.pid, "lives": p.lives, "phase": p.phase, "slots": len(p.active),
                              "rate": p.rate, "memory_bytes": p.memory_bytes, "bye": p.said_bye,
                              "here": bool(p.nonce) and self.clock() - p.seen < AWAY_S} for name, p in self.packs.items()},
+            "arrived": len(self.arrived | self.packs.keys()),
             "unclaimed": self.unclaimed(),
             "leases": sum(bool(seat.client) for seat in self.seats.values()),
             "notes": list(self.notes),

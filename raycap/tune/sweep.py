@@ -38,7 +38,8 @@ CALL_TIMEOUT_S = 10.0
 SILENCE_S = 120.0
 """Silence of the board after which the sweep is given up; a board that was killed is back within seconds."""
 TUNE_WAIT_S = 15.0
-"""How long Tune waits for the packs: what starts beside them takes the cores that they load their base with."""
+"""How long Tune waits for the packs to have their places, which its clients might take; while they load there is a core
+to spare for it, once they train there is none."""
 NODE_WAIT_S = 900.0
 """How long a sweep waits while no node of the cluster could hold a pack; an autoscaler needs some minutes for one."""
 STOP_WAIT_S = 60.0
@@ -200,7 +201,7 @@ class _Sweep:
             with stoppable() as self.signals, self.signals.gently() as signals:
                 while True:
                     last = self._look(signals) or last
-                    up = len(last["packs"]) >= wanted if last else False
+                    up = last["arrived"] >= wanted if last else False
                     if not self.tune.ident and (up or time.monotonic() - began > TUNE_WAIT_S):
                         self.tune.start()
                     written = self._write_trials(last, written)

@@ -57,6 +57,16 @@ def test_a_pack_gets_the_next_trials_in_order_whether_their_clients_are_there_or
     assert admitted(board.exchange("pack-0", "n", report({"t00": 0, "t01": 0}))) == []
 
 
+def test_packs_that_have_their_place_are_counted_before_they_register(trials):
+    board = Board(trials, rungs=[10], slots=2, packs=2)
+    assert board.snapshot()["arrived"] == 0
+    board.arrive("pack-0")
+    board.arrive("pack-0")  # a worker that was started again
+    assert board.snapshot()["arrived"] == 1 and not board.snapshot()["packs"]
+    board.register("pack-1", "n", 1, report())  # to a board that was killed meanwhile, none has arrived
+    assert board.snapshot()["arrived"] == 2
+
+
 def test_packs_share_the_trials_evenly(trials):
     board = Board(trials, rungs=[10], slots=6, packs=2)
     assert admitted(board.register("pack-0", "a", 1, report())) == ["t00", "t01", "t02"]
