@@ -70,6 +70,25 @@ def test_resized_once_and_normalised_later_is_what_the_processor_makes(cm, scene
         assert torch.allclose(mine.flatten(), theirs.flatten(), atol=0.02)
 
 
+def test_a_row_prepared_while_a_base_loads_is_the_same(cm, scenes):
+    """The worker prepares rows beside it, and transformers sets the whole process's default dtype meanwhile."""
+    image = scenes["val"][1].image.resize((97, 71))
+    size, pixels = cm.family.image_size(cm.processor), cm.family.resize(cm.processor, image)
+    values = cm.family.pixel_values(cm.processor, torch.from_numpy(pixels[None]))
+    path = cm.processor.tokenizer.name_or_path
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        other = cm.family.load_processor(path)
+        assert np.array_equal(cm.family.resize(other, image), pixels)
+        assert np.array_equal(cm.family.resize(cm.processor, image), pixels)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert cm.family.image_size(other) == size
+    # What is normalised later, when the base is there, has not kept anything of that dtype.
+    for processor in (cm.processor, other):
+        assert torch.equal(cm.family.pixel_values(processor, torch.from_numpy(pixels[None])), values)
+
+
 def test_prompt_and_padding_have_no_label_and_the_end_does(cm, texts):
     family = cm.family
     batch = texts(cm, CAPTIONS)
