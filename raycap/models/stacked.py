@@ -221,29 +221,28 @@ class Stacks:
 
     def _bind(self, work: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
         """Let the modules use `work` [K', P]; with `grads` to train, the lanes' gradients adding up there."""
-        spans = [slice(0, len(work))]
-        if grads:
-            spans = self.spans if len(self.spans) > 1 else self.spans * len(grads)
-        limits, ranks = [], []
-        for span in spans:
-            shares = [s.dropout for s in self.specs[span] if s.dropout > 0] if grads else []
-            limits.append(drop_limits(shares, self.device) if shares else None)
-            ranks.append(max((s.r for s in self.specs[span]), default=0) if grads else self.rank)
+        lanes = self._training_lanes(len(grads)) if grads else [(slice(None), self.rank, None)] * self.lanes
         for path, site in self.sites.items():
             site.parts = []
-            if path not in self._places or not len(work):
-                continue
-            full = path in self.full
+            if path in self._places and len(work):
+                for lane, (span, rank, limits) in enumerate(lanes):
+                    own = self._narrow(grads[min(lane, len(grads) - 1)], path, span, rank) if grads else None
+                    site.parts.append(Part(*self._narrow(work, path, span, rank), own, limits))
 
-            def cut(flat: torch.Tensor, span: slice, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-                a, b = self.views(flat, path)  # noqa: B023 (used at once)
-                return (a[span], b[span]) if full else (a[span, :rank], b[span, :, :rank])  # noqa: B023
+    def _training_lanes(self, grads: int) -> list[tuple[slice, int, torch.Tensor | None]]:
+        """Of each lane: its slots, the widest rank among them, and the dropout thresholds of those that drop."""
+        found = []
+        for span in self.spans if len(self.spans) > 1 else self.spans * grads:
+            specs = self.specs[span]
+            shares = [s.dropout for s in specs if s.dropout > 0]
+            limits = drop_limits(shares, self.device) if shares else None
+            found.append((span, max((s.r for s in specs), default=0), limits))
+        return found
 
-            for lane, (span, rank, limit) in enumerate(zip(spans, ranks, limits)):
-                own = cut(grads[min(lane, len(grads) - 1)], span, rank) if grads else None
-                site.parts.append(Part(*cut(work, span, rank), own, limit))
-            if not grads:
-                site.parts *= self.lanes
+    def _narrow(self, flat: torch.Tensor, path: str, span: slice, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`views` of the slots in `span`, no wider than `rank`."""
+        a, b = self.views(flat, path)
+        return (a[span], b[span]) if path in self.full else (a[span, :rank], b[span, :, :rank])
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
