@@ -196,6 +196,20 @@ def test_the_stream_equals_reading_here(ray_session, shards_folder, prepare_row,
 
 
 @pytest.mark.ray
+def test_what_takes_longer_than_ray_data_comes_from_it(
+    ray_session, shards_folder, poisoned, prepare_row, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("raycap.data.stream.START_S", 0.0)
+    here = fill(open_store(shards_folder, tmp_path / "a"), local_batches(shards_folder, "train", prepare_row))
+    said = []
+    rows = stream(shards_folder, "train", prepare_row, say=said.append)
+    assert_same(here, fill(open_store(shards_folder, tmp_path / "b"), rows))
+    assert "by Ray Data" in said[0]
+    with pytest.raises(DataError, match=POISON):
+        fill(open_store(poisoned, tmp_path / "c"), stream(poisoned, "train", prepare_row))
+
+
+@pytest.mark.ray
 def test_a_poisoned_shard_is_told_through_ray_data(ray_session, poisoned, prepare_row, tmp_path):
     from raycap.data.stream import dataset
 
