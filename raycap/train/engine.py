@@ -179,7 +179,8 @@ class PackEngine(Slots):
         return (end - begin) * (1 if self.images.shared else slots)
 
     def _lanes_for(self, slots: int) -> int:
-        return self.lanes.of_slots(self.whole, slots)
+        # Handed pixels, every lane would run the tower for all images; with rows each runs it for its own.
+        return self.lanes.of_slots(self.whole, slots) if self.images.stored else 1
 
     def _cuts(self, rows: int, slots: int) -> list[list[tuple[int, int]]]:
         """Where a batch is cut: for each micro-batch, the [begin, end) of its rows, a lane each where lanes take rows."""

@@ -141,6 +141,16 @@ def test_a_narrow_lane_computes_no_wider_than_its_own_ranks(make_engine, config,
     assert engine.stacks.value.shape[1] == engine.stacks.width and engine.stacks.rank == 16
 
 
+def test_lanes_take_rows_where_each_would_run_the_tower_for_all_images(make_engine, config, specs):
+    c = config(lora__scope="vision", lora__targets=["q_proj", "fc1"])
+    engine = with_lanes(make_engine(c), 2)
+    for spec in specs(c, 4):
+        engine.admit(spec)
+    engine.step()
+    assert not engine.images.stored and len(engine.stacks.spans) == 1
+    assert {end - begin for begin, end in engine._cuts(engine.share, 4)[0]} == {engine.share // 2}
+
+
 def test_a_little_work_is_done_by_one_thread_and_the_others_come_back():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
